@@ -1,0 +1,1 @@
+"""Runs functions on machines: processes, ranks, clusters. Knows no galaxies."""
