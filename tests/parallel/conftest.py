@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def mpirun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """``mpirun(ranks, function, *args, timeout=120, env={})``: results of ``function(*args)`` in order of rank.
+    """``mpirun(ranks, function, *args, timeout=120, env={})``: what each rank's ``function(*args)`` returned.
 
-    ``function`` is defined at the top of a file (a test module); every rank imports that file and calls it, so
-    it reaches its communicator through `hpc.mpi.world`. A rank that raises fails the test with its traceback.
+    ``function`` is defined at the top of a file (a test module); every rank imports that file and calls it,
+    so it reaches its communicator through `hpc.mpi.world`. A rank that raises fails the test with its
+    traceback.
     """
     launcher = Path(sys.executable).with_name("mpirun")
     if not launcher.exists():
