@@ -1,0 +1,31 @@
+# `make run` and `make test` are all a newcomer needs: both set up first.
+SHELL := bash
+GALDIST := .venv/bin/galdist
+
+.PHONY: run test setup lint slow docs benchmarks clean
+
+run: setup  ## set up, then run the quickstart
+	$(GALDIST) run quickstart
+
+test: setup lint  ## set up, then test
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+slow: setup  ## the tests that take minutes
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
+setup:  ## build .venv (nothing to do when it is up to date)
+	@./install.sh .venv
+
+lint: setup  ## style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+docs: setup  ## build the documentation into site/
+	.venv/bin/mkdocs build --strict
+
+benchmarks: setup  ## measure, and write docs/benchmarks.md
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.run
+
+clean:  ## remove what was built here (runs/ stays)
+	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
