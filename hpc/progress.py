@@ -3,36 +3,81 @@
 The launcher names the file in ``HPC_PROGRESS``; a function that reports without one reports to nobody.
 """
 
+import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hpc import durable
 
 VARIABLE = "HPC_PROGRESS"
 _INTERVAL = 0.2  # seconds between writes: a report must cost nothing in an inner loop
-_state: dict[str, Any] = {}
+
+
+@dataclass
+class Progress:
+    """How far a job is."""
+
+    done: float = 0.0
+    total: float = 0.0
+    """Zero until the job has said."""
+    note: str = ""
+    links: dict[str, str] = field(default_factory=dict)
+    """Addresses people may open while the job runs: name -> URL."""
+    time: float = 0.0
+    """When this was written, in seconds since the epoch."""
+    first_done: float = 0.0
+    """``done`` at the first report: what a resumed job found already made."""
+    first_time: float = 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time left at the rate since the first report; None while there is no rate."""
+        worked, elapsed = self.done - self.first_done, self.time - self.first_time
+        if worked <= 0 or elapsed <= 0:
+            return None
+        return max(0.0, (self.total - self.done) * elapsed / worked - (time.time() - self.time))
+
+
+_now: dict[str, Progress] = {}  # by file: in the debug launcher one process runs several jobs
 _written = 0.0
 
 
 def report(done: float, total: float, note: str = "") -> None:
     """Say that ``done`` of ``total`` units of the job are finished. Call it on one rank only."""
-    _state.update(done=done, total=total, note=note)
-    _write(force=done >= total)
+    path = os.environ.get(VARIABLE)
+    if path is None:
+        return
+    state = _now.setdefault(path, Progress())
+    state.done, state.total, state.note, state.time = float(done), float(total), note, time.time()
+    if not state.first_time:
+        state.first_done, state.first_time = state.done, state.time
+    _write(path, state, force=done >= total)
 
 
 def link(name: str, address: str) -> None:
     """Publish an address people may open while the job runs (a dashboard)."""
-    _state.setdefault("links", {})[name] = address
-    _write(force=True)
-
-
-def _write(force: bool) -> None:
-    global _written
     path = os.environ.get(VARIABLE)
-    now = time.time()
-    if path is None or (not force and now - _written < _INTERVAL):
+    if path is None:
         return
-    _written = now
-    durable.write_json(Path(path), {**_state, "time": now})
+    state = _now.setdefault(path, Progress())
+    state.links[name], state.time = address, time.time()
+    _write(path, state, force=True)
+
+
+def read(path: str | os.PathLike[str]) -> Progress | None:
+    """The last report in a progress file; None where there is none yet."""
+    try:
+        return Progress(**durable.read_json(path))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a progress file ({error}); remove it") from None
+
+
+def _write(path: str, state: Progress, force: bool) -> None:
+    global _written
+    if force or state.time - _written >= _INTERVAL:
+        _written = state.time
+        durable.write_json(Path(path), vars(state), sync=False)
