@@ -130,8 +130,9 @@ class Confusion:
         ]
 
 
-# Bin edges are uniform in log-odds, so that bins resolve scores near 0 and near 1 as well as around one half,
-# and are float32 numbers, so that `score >= threshold` means the same in float32 and float64. One half is one.
+# Bin edges are uniform in log-odds, so that bins resolve scores near 0 and near 1 as well as around one
+# half, and are float32 numbers, so that `score >= threshold` means the same in float32 and float64. One
+# half is one.
 _LOG_ODDS, _N_BINS = 20.0, 4096
 _EDGES: NDArray[np.float64] = np.unique(
     (1 / (1 + np.exp(-np.linspace(-_LOG_ODDS, _LOG_ODDS, _N_BINS + 1)))).astype(np.float32).astype(np.float64)

@@ -1,0 +1,511 @@
+"""Power spectra, cross-correlation coefficients and transfer functions, under MPI with nbodykit.
+
+For overdensities a (truth) and b (prediction) with Fourier modes a_k, b_k in a box of volume V, averaged
+over the modes of a bin::
+
+    P_a(k) = V <|a_k|^2>,   P_ab(k) = V <a_k b_k*>,   r(k) = P_ab / sqrt(P_a P_b),   T(k) = sqrt(P_b / P_a)
+
+Conventions
+-----------
+Window. Modes are divided by the Fourier transform of the field's mass-assignment scheme, W(k) = prod_i
+sinc(k_i H / 2)^p with cell side H and p = 1, 2, 3 for NGP, CIC, TSC (Jing 2005, eq. 18).
+
+Bins. Bin n is centered on n times the fundamental mode k_F = 2 pi / L and one k_F wide. No mode lies on an
+edge: |k|^2 / k_F^2 is an integer and (n + 1/2)^2 is not. The last bin ends half a k_F below the Nyquist
+frequency.
+
+Shot noise. ``power``, ``r`` and ``transfer`` are raw: shot noise is part of them. A field whose cells hold
+whole numbers is a count of objects, with Poisson shot noise V/N; a mean field (expected counts,
+probabilities) has none. On a mesh, aliases add to it, so that the shot noise in ``power`` is V/N times the
+bin's average of C(k) / W(k)^2, with C the sum of W^2 over aliases (Jing 2005, eq. 20):
+``shot_noise_power``. The ``_subtracted`` variants have it removed from auto powers; where nothing positive
+is left they are NaN.
+
+Errors. Standard deviations for Gaussian modes, from the number of modes N of the bin (k and -k both count,
+half of them are independent): P sqrt(2/N) (Feldman, Kaiser & Peacock 1994) for P, (1 - r^2) / sqrt(N) for r,
+T sqrt((1 - r^2) / N) for T.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field as Constraint
+from pydantic import field_validator
+
+from galdist.config import StrictModel
+from galdist.grids.store import Assignment, GridStore, SimulationGrids, Split, open_store
+from galdist.statistics import require_nbodykit
+from galdist.statistics.metrics import MetricRow, metric_row, save_metrics
+from hpc import durable, mpi, progress
+
+log = logging.getLogger(__name__)
+
+FILE = "spectra.json"
+TRUTH, MATTER = "truth", "matter"
+
+Band = tuple[Annotated[float, Constraint(ge=0)], Annotated[float, Constraint(gt=0)]]
+Reader = Callable[[tuple[slice, slice, slice]], NDArray[Any]]
+
+_ORDER: dict[Assignment, int] = {"none": 0, "ngp": 1, "cic": 2, "tsc": 3}
+
+
+class SpectraConfig(StrictModel):
+    """What is measured."""
+
+    field: str = "galaxy_counts"
+    """The field that predictions predict."""
+    matter: str | None = "matter_counts"
+    """The matter field of the grids; null leaves matter out."""
+    split: Split = "test"
+    """The simulations to measure."""
+    band: Band = (0.3, 3.0)
+    """Wavenumbers [h/Mpc] over which r and T are averaged for the table of results."""
+    power_bands: tuple[Band, ...] = ((0.3, 1.0), (1.0, 3.0))
+    """Wavenumbers [h/Mpc] over which the ratio of powers is averaged."""
+
+    @field_validator("band", "power_bands")
+    @classmethod
+    def _ordered(cls, value: Any) -> Any:
+        for low, high in [value] if isinstance(value[0], float) else value:
+            if not low < high:
+                raise ValueError(
+                    f"a band goes from low to high wavenumbers, not from {low:g} to {high:g} h/Mpc"
+                )
+        return value
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A simulation to measure: where each label's field is."""
+
+    name: str
+    grids: SimulationGrids
+    fields: dict[str, tuple[SimulationGrids, str]]
+
+
+def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
+    """Measure the spectra of truth, matter and predictions; every rank calls it.
+
+    Writes ``spectra.json`` (see `load_spectra`), one nbodykit file a spectrum
+    (``spectra/<simulation>/<label>.json`` and, with the truth, ``spectra/<simulation>/cross/<label>.json``;
+    `nbodykit.lab.FFTPower.load` opens them), and ``metrics.json``. A simulation that was measured before an
+    interruption is not measured again.
+
+    Raises
+    ------
+    galdist.statistics.MissingEngine
+        where nbodykit is not installed.
+    ValueError
+        for inputs that do not belong together, bands without modes, or a truth without galaxies.
+    """
+    require_nbodykit()
+    comm = mpi.world()
+    samples = _samples(config, inputs)
+    for done, sample in enumerate(samples):
+        if comm.rank == 0:
+            progress.report(done, len(samples), sample.name)
+        part = out / "parts" / f"{sample.name}.json"
+        if not comm.bcast(part.exists()):
+            result = _measure(sample, out / "spectra" / sample.name)
+            if comm.rank == 0:
+                durable.write_json(part, result)
+    if comm.rank == 0:
+        parts = {sample.name: durable.read_json(out / "parts" / f"{sample.name}.json") for sample in samples}
+        durable.write_json(out / FILE, {"simulations": parts})
+        save_metrics(out, _rows(config, load_spectra(out)["simulations"]))
+        progress.report(len(samples), len(samples))
+    comm.barrier()
+
+
+def load_spectra(step: str | Path) -> dict[str, Any]:
+    """The spectra of a step folder, lists as numpy arrays; needs no nbodykit.
+
+    Returns
+    -------
+    ``{"simulations": {name: {...}}}`` with, for each simulation, ``box_size`` [Mpc/h], ``n_mesh``,
+    ``redshift``, ``split``, ``nyquist`` [h/Mpc]; for each bin ``k`` (mean of its modes) and ``k_min``
+    (lower edge) [h/Mpc] and ``modes``; ``fields``: label -> ``power`` and ``power_error`` [(Mpc/h)^3],
+    ``shot_noise`` (V/N), ``shot_noise_power`` (what it adds to each bin of ``power``), ``n`` (sum of the
+    field); ``cross``: label -> ``power`` with the truth, ``r``, ``r_error``, ``r_subtracted``,
+    ``transfer``, ``transfer_error``, ``transfer_subtracted``. Undefined values are NaN.
+    """
+
+    def arrays(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: arrays(item) for key, item in value.items()}
+        return np.array(value, float) if isinstance(value, list) else value
+
+    result: dict[str, Any] = arrays(durable.read_json(Path(step) / FILE))
+    return result
+
+
+def field_mesh(read: Reader, n_mesh: int, box_size: float, assignment: Assignment) -> Any:
+    """The overdensity of a field on a periodic mesh, in Fourier space, window corrected; every rank calls it.
+
+    Parameters
+    ----------
+    read
+        gives the field in three slices, in any one order of axes; each rank asks for its own part only.
+    n_mesh, box_size
+        cells a side, and side [Mpc/h].
+    assignment
+        the scheme whose window is divided out.
+
+    Returns
+    -------
+    nbodykit.source.mesh.FieldMesh, or None where the field is zero everywhere. Its ``attrs`` hold ``N``
+    (the sum of the field) and ``shotnoise`` (V/N for counts, 0 for fields with fractions in them).
+
+    Raises
+    ------
+    ValueError
+        for values that are not finite or sum to less than zero.
+    """
+    from nbodykit.source.mesh.field import FieldMesh
+    from pmesh.pm import ParticleMesh
+
+    comm = mpi.world()
+    pm = ParticleMesh(Nmesh=[n_mesh] * 3, BoxSize=box_size, dtype="f8", comm=comm)
+    real = pm.create("real")
+    if real.value.size:
+        real.value[...] = read(tuple(real.slices))
+    total = comm.allreduce(float(real.value.sum()))
+    whole = all(comm.allgather(bool(np.all(real.value == np.rint(real.value)))))
+    if not total >= 0 or math.isinf(total):
+        raise ValueError(f"a density has a finite sum that is not negative; this field's is {total}")
+    if total == 0:
+        return None
+    real.value[...] *= n_mesh**3 / total
+    real.value[...] -= 1
+    modes = real.r2c()
+    del real
+    order = _ORDER[assignment]
+    if order:
+        modes.apply(lambda w, v: v / _window(w, order), kind="circular", out=Ellipsis)
+    mesh = FieldMesh(modes)
+    mesh.attrs.update(N=total, shotnoise=box_size**3 / total if whole else 0.0)
+    mesh.attrs.update(assignment=assignment, compensated=order > 0, interlaced=False)
+    return mesh
+
+
+def catalog_mesh(
+    position: ArrayLike,
+    box_size: float,
+    n_mesh: int,
+    weight: ArrayLike | None = None,
+    interlaced: bool = True,
+) -> Any:
+    """The overdensity of points on a periodic mesh: TSC, window corrected; every rank calls it with its own
+    points.
+
+    Interlacing (Sefusatti et al. 2016) removes the odd aliases, so that powers are good up to the Nyquist
+    frequency.
+
+    Parameters
+    ----------
+    position : (n, 3) in [0, box_size) [Mpc/h]; ``n`` may differ between ranks and be 0 on some.
+    weight : (n,), or None for ones.
+
+    Returns
+    -------
+    nbodykit.base.catalogmesh.CatalogMesh, for `power`.
+
+    Raises
+    ------
+    ValueError
+        for positions outside the box, of another shape, or none on any rank.
+    """
+    from nbodykit.lab import ArrayCatalog
+
+    comm = mpi.world()
+    position = np.asarray(position, "f8")
+    if position.ndim != 2 or position.shape[1] != 3:
+        raise ValueError(f"positions have shape (n, 3), not {position.shape}")
+    if not np.all((position >= 0) & (position <= box_size)):
+        raise ValueError(
+            f"positions lie in [0, {box_size:g}] Mpc/h; these do not (units, or a missing periodic wrap)"
+        )
+    if comm.allreduce(len(position)) == 0:
+        raise ValueError("the catalog is empty: it has no overdensity")
+    columns = {
+        "Position": position,
+        "Weight": np.ones(len(position)) if weight is None else np.asarray(weight, "f8"),
+    }
+    mesh = ArrayCatalog(columns, comm=comm, BoxSize=box_size).to_mesh(
+        Nmesh=n_mesh, dtype="f8", resampler="tsc", interlaced=interlaced, compensated=True
+    )
+    mesh.attrs.update(assignment="tsc")
+    return mesh
+
+
+def power(first: Any, second: Any = None) -> Any:
+    """Auto power of a mesh, or cross power of two, in the bins described above; every rank calls it.
+
+    Returns
+    -------
+    nbodykit.algorithms.fftpower.FFTPower: ``.power`` has the columns ``k``, ``power`` (complex) and
+    ``modes``, ``.attrs`` the shot noise V/N (0 for cross powers) and all metadata, ``.save`` writes it.
+    """
+    from nbodykit.algorithms.fftpower import FFTPower
+
+    fundamental = 2 * np.pi / first.attrs["BoxSize"].max()
+    result = FFTPower(
+        first,
+        mode="1d",
+        second=second,
+        dk=fundamental,
+        kmin=fundamental / 2,
+        kmax=(int(first.attrs["Nmesh"].min()) // 2 - 0.25) * fundamental,
+    )
+    for key in ("assignment", "compensated", "interlaced"):
+        if key in first.attrs:
+            result.attrs[key] = first.attrs[key]
+    return result
+
+
+def _window(w: list[NDArray[Any]], order: int) -> NDArray[Any]:
+    """Fourier transform of the mass-assignment scheme at circular frequencies ``w`` (Jing 2005, eq. 18)."""
+    first, second, third = (np.sinc(wi / (2 * np.pi)) ** order for wi in w)
+    return first * second * third
+
+
+def _aliased(w: list[NDArray[Any]], order: int) -> NDArray[Any]:
+    """Sum of the squared window over all aliases (Jing 2005, eq. 20)."""
+    sines = [np.sin(wi / 2) ** 2 for wi in w]
+    if order == 2:
+        sines = [1 - 2 / 3 * s for s in sines]
+    elif order == 3:
+        sines = [1 - s + 2 / 15 * s**2 for s in sines]
+    else:  # NGP, and no scheme: every alias adds up to one
+        sines = [np.ones_like(s) for s in sines]
+    return sines[0] * sines[1] * sines[2]
+
+
+def _aliasing(n_mesh: int, assignment: Assignment) -> NDArray[np.float64]:
+    """Bin averages of C(k) / W(k)^2: what aliases and the window correction do to shot noise."""
+    from nbodykit.source.mesh.field import FieldMesh
+    from pmesh.pm import ParticleMesh
+
+    pm = ParticleMesh(Nmesh=[n_mesh] * 3, BoxSize=1.0, dtype="f8", comm=mpi.world())
+    modes = pm.create("complex")
+    order = _ORDER[assignment]
+    modes.apply(
+        lambda w, v: np.sqrt(_aliased(w, order)) / _window(w, order) + 0 * v, kind="circular", out=Ellipsis
+    )
+    values: NDArray[np.float64] = power(FieldMesh(modes)).power["power"].real
+    return values
+
+
+def _samples(config: SpectraConfig, inputs: Mapping[str, list[Path]]) -> list[_Sample]:
+    """Match predictions to truths, and check all that can be checked before anything is read."""
+    truths: dict[str, tuple[Path, SimulationGrids]] = {}
+    for step in inputs["grids"]:
+        store = open_store(step / "grids.zarr")
+        for name in store.names(config.split):
+            if name in truths:
+                raise ValueError(
+                    f"simulation {name!r} is in {truths[name][0]} and in {step}: which is the truth?"
+                )
+            truths[name] = step, store[name]
+    if not truths:
+        raise ValueError(
+            f"no simulation in the {config.split} split of {', '.join(map(str, inputs['grids']))}: name "
+            "some under `split` of the step that made the grids"
+        )
+    predictions: dict[str, GridStore] = {}
+    for step in inputs.get("predictions", []):
+        if step.name in (TRUTH, MATTER) or step.name in predictions:
+            raise ValueError(
+                f"a prediction's step cannot be called {step.name!r} here: that is another field's label"
+            )
+        store = open_store(step / "prediction.zarr")
+        if not set(store) & set(truths):
+            raise ValueError(
+                f"{step}/prediction.zarr predicts {', '.join(store)}, none of which is in the "
+                f"{config.split} split of the grids ({', '.join(truths)})"
+            )
+        predictions[step.name] = store
+
+    samples = []
+    for name, (step, grids) in truths.items():
+        fields = {TRUTH: (grids, config.field)}
+        if config.matter is not None:
+            fields[MATTER] = (grids, config.matter)
+        for label, store in predictions.items():
+            if name not in store:
+                continue
+            predicted = store[name]
+            if (predicted.n_mesh, predicted.attrs.box_size) != (grids.n_mesh, grids.attrs.box_size):
+                raise ValueError(
+                    f"{store.path}, {name}: {predicted.n_mesh}^3 cells in {predicted.attrs.box_size} Mpc/h "
+                    f"predict {grids.n_mesh}^3 cells in {grids.attrs.box_size} Mpc/h ({step}/grids.zarr)"
+                )
+            fields[label] = (predicted, config.field)
+            for extra in predicted.fields:
+                if extra != config.field and predicted.field(extra).components == 1:
+                    fields[f"{label}:{extra}"] = (predicted, extra)
+        for label, (where, field) in fields.items():
+            if where.field(field).components != 1:
+                raise ValueError(
+                    f"{label} of {name}: field {field!r} is a vector; spectra are of scalar fields"
+                )
+        _check_bands(config, name, grids)
+        samples.append(_Sample(name, grids, fields))
+    return samples
+
+
+def _check_bands(config: SpectraConfig, name: str, grids: SimulationGrids) -> None:
+    fundamental = 2 * np.pi / grids.attrs.box_size
+    centers = fundamental * np.arange(1, grids.n_mesh // 2)
+    for low, high in (config.band, *config.power_bands):
+        if not np.any((centers >= low) & (centers < high)):
+            raise ValueError(
+                f"band {low:g}-{high:g} h/Mpc has no bin of {name}: its bins lie at {centers[0]:.3g}, "
+                f"{2 * centers[0]:.3g} ... {centers[-1]:.3g} h/Mpc; change `band` or `power_bands`"
+            )
+
+
+def _measure(sample: _Sample, folder: Path) -> dict[str, Any]:
+    """All spectra of one simulation, as `load_spectra` describes them but with lists."""
+    grids = sample.grids
+    n_mesh, box_size = grids.n_mesh, grids.attrs.box_size
+    aliasing: dict[Assignment, NDArray[np.float64]] = {}
+    fields: dict[str, Any] = {}
+    cross: dict[str, Any] = {}
+    bins: dict[str, Any] = {}
+    truth = None
+    for label, (where, field) in sample.fields.items():
+        assignment = where.field(field).assignment
+        try:
+            mesh = field_mesh(partial(where.read, field), n_mesh, box_size, assignment)
+        except ValueError as error:
+            raise ValueError(f"{label} of {sample.name}, field {field!r}: {error}") from error
+        if mesh is None:
+            if label == TRUTH:
+                raise ValueError(
+                    f"{sample.name}: its field {field!r} is empty, so nothing can be compared with it"
+                )
+            log.warning("%s of %s is empty: no spectrum", label, sample.name)
+            continue
+        mesh.attrs.update(simulation=sample.name, field=field, redshift=grids.attrs.redshift)
+        auto = power(mesh)
+        _save(auto, folder / f"{label}.json")
+        if assignment not in aliasing:
+            aliasing[assignment] = _aliasing(n_mesh, assignment)
+        shot_noise = float(auto.attrs["shotnoise"])
+        fields[label] = {
+            "power": auto.power["power"].real,
+            "power_error": auto.power["power"].real * np.sqrt(2 / auto.power["modes"]),
+            "shot_noise": shot_noise,
+            "shot_noise_power": shot_noise * aliasing[assignment],
+            "n": float(mesh.attrs["N"]),
+        }
+        if label == TRUTH:
+            truth = mesh
+            bins = {"k": auto.power["k"], "k_min": auto.power.edges["k"][:-1], "modes": auto.power["modes"]}
+            continue
+        with_truth = power(mesh, truth)
+        _save(with_truth, folder / "cross" / f"{label}.json")
+        cross[label] = _compare(fields[TRUTH], fields[label], with_truth.power["power"].real, bins["modes"])
+    result = {
+        "box_size": box_size,
+        "n_mesh": n_mesh,
+        "redshift": grids.attrs.redshift,
+        "split": grids.attrs.split,
+        "nyquist": math.pi * n_mesh / box_size,
+        **bins,
+        "fields": fields,
+        "cross": cross,
+    }
+    plain: dict[str, Any] = _plain(result)
+    return plain
+
+
+def _compare(
+    truth: Mapping[str, Any], other: Mapping[str, Any], power: NDArray[np.float64], modes: NDArray[Any]
+) -> dict[str, NDArray[np.float64]]:
+    """r and T of a field with the truth, raw and with shot noise subtracted, with errors."""
+    raw = truth["power"], other["power"]
+    noise = truth["shot_noise_power"], other["shot_noise_power"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        clean = [np.where(p > s, p - s, np.nan) for p, s in zip(raw, noise, strict=True)]
+        r, transfer = power / np.sqrt(raw[0] * raw[1]), np.sqrt(raw[1] / raw[0])
+        unexplained = np.clip(1 - r**2, 0, None)
+        return {
+            "power": power,
+            "r": r,
+            "r_error": unexplained / np.sqrt(modes),
+            "r_subtracted": power / np.sqrt(clean[0] * clean[1]),
+            "transfer": transfer,
+            "transfer_error": transfer * np.sqrt(unexplained / modes),
+            "transfer_subtracted": np.sqrt(clean[1] / clean[0]),
+        }
+
+
+def _save(result: Any, path: Path) -> None:
+    """`FFTPower.save`, but atomic."""
+    from nbodykit.utils import JSONEncoder
+
+    if result.comm.rank == 0:
+        durable.write_text(path, json.dumps(result.__getstate__(), cls=JSONEncoder))
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, with None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [item if math.isfinite(item) else None for item in value.tolist()]
+    return value
+
+
+def _rows(config: SpectraConfig, simulations: Mapping[str, Any]) -> list[MetricRow]:
+    """Band averages and numbers of objects of every simulation, then their means over the split."""
+    measured = {name: _summary(config, result) for name, result in simulations.items()}
+    rows = [
+        metric_row(metric, name, value, error)
+        for name, values in measured.items()
+        for metric, (value, error) in values.items()
+    ]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        boxes = [values[metric] for values in measured.values() if metric in values]
+        mean = float(np.mean([value for value, _ in boxes]))
+        if len(boxes) == 1:
+            rows.append(metric_row(metric, config.split, mean, boxes[0][1]))
+        else:  # the scatter between boxes knows more than the number of modes: cosmic variance, astrophysics
+            scatter = float(np.std([value for value, _ in boxes], ddof=1))
+            rows.append(metric_row(metric, config.split, mean, scatter / math.sqrt(len(boxes))))
+    return rows
+
+
+def _summary(config: SpectraConfig, result: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """The metrics of one simulation with their errors; what is undefined is left out."""
+    summary: dict[str, tuple[float, float | None]] = {}
+
+    def average(metric: str, values: NDArray[np.float64], errors: NDArray[np.float64], band: Band) -> None:
+        inside = (result["k"] >= band[0]) & (result["k"] < band[1])
+        mean = float(values[inside].mean())
+        if math.isfinite(mean):
+            error = float(np.sqrt((errors[inside] ** 2).sum()) / inside.sum())
+            summary[f"{metric}/k{band[0]:g}-{band[1]:g}"] = mean, error
+
+    for label, field in result["fields"].items():
+        if label != MATTER:
+            summary[f"n/{label}"] = field["n"], None
+    for label, cross in result["cross"].items():
+        average(f"r/{label}", cross["r"], cross["r_error"], config.band)
+        if label == MATTER:
+            continue
+        transfer, error = cross["transfer"], cross["transfer_error"]
+        average(f"transfer/{label}", transfer, error, config.band)
+        for band in config.power_bands:
+            average(f"power_ratio/{label}", transfer**2, 2 * transfer * error, band)
+    return summary
