@@ -44,6 +44,12 @@ _now: dict[str, Progress] = {}  # by file: in the debug launcher one process run
 _written = 0.0
 
 
+def start(path: str | os.PathLike[str]) -> None:
+    """Send this process's reports to a file, from zero."""
+    os.environ[VARIABLE] = str(path)
+    _now.pop(str(path), None)
+
+
 def report(done: float, total: float, note: str = "") -> None:
     """Say that ``done`` of ``total`` units of the job are finished. Call it on one rank only."""
     path = os.environ.get(VARIABLE)

@@ -22,7 +22,7 @@ class Site(StrictModel):
     """Cores that a run may use; by default those this process may use."""
     mpirun: Path | None = None
     """The launcher of MPI ranks; by default the one installed beside this Python, then the one on PATH."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
     """Variables set for every process."""
 
     @property

@@ -196,7 +196,9 @@ def _words(detail: dict[str, Any], owner: type[BaseModel] | None) -> str:
     return f"{expected}, got {shown}{suggestion}"
 
 
-def _walk(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[Location, type[BaseModel] | None, bool]:
+def _walk(
+    model: type[BaseModel], loc: tuple[str | int, ...]
+) -> tuple[Location, type[BaseModel] | None, bool]:
     """Follow an error's location through the annotations.
 
     Returns the location as a person would write it (without the names of a union's members), the model that
