@@ -1,0 +1,270 @@
+"""The `simulate` stage: sets of small universes in the files of the public simulations.
+
+Each simulation is run by COLA (`cola`), its halos are found (`halos`), galaxies put into them (`formation`),
+and all is written in the layout of CAMELS or IllustrisTNG (`files`).
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from galdist.config import StrictModel
+from galdist.simulations.cola import Cosmology, Transfer
+from galdist.simulations.files import Layout
+from galdist.simulations.formation import FEEDBACK, Suite
+from hpc import mpi, progress
+
+log = logging.getLogger(__name__)
+RANGES = {  # of CAMELS' Latin hypercube (Villaescusa-Navarro et al. 2021, table 1); feedback uniform in the logarithm
+    "Omega_m": (0.1, 0.5),
+    "sigma_8": (0.6, 1.0),
+    "A_SN1": (0.25, 4.0),
+    "A_AGN1": (0.25, 4.0),
+    "A_SN2": (0.5, 2.0),
+    "A_AGN2": (0.5, 2.0),
+}
+_PROGENITOR_TIMES = (0.3, 0.45, 0.6, 0.75, 0.9)  # scale factors at which progenitors are looked for
+
+
+class SimulateConfig(StrictModel):
+    """What universes to make."""
+
+    suite: Suite = "MockA"
+    """Variant of the mock galaxy formation model; the name of the suite."""
+    set: Literal["CV", "LH"] = "CV"
+    """CV: fiducial parameters, different seeds. LH: a Latin hypercube of cosmology and feedback, different seeds."""
+    simulations: Annotated[int, Field(ge=1, le=10_000)] = 3
+    """Number of simulations of the set."""
+    select: tuple[int, ...] | None = None
+    """Make only these simulations of the set (0 to simulations - 1)."""
+    seed: Annotated[int, Field(ge=0, lt=200_000)] = 0
+    """Initial conditions of simulation i have the seed 10000 * seed + i + 1 (0 and 1 give pmesh the same noise)."""
+    layout: Layout = "camels"
+    """Tree and names of the files."""
+    n_files: Annotated[int, Field(ge=1)] = 1
+    """Chunks of a snapshot; ranks write them side by side, so no fewer than ranks in large runs."""
+    box_size: Annotated[float, Field(gt=0)] = 25.0
+    """Mpc/h."""
+    n_particles: Annotated[int, Field(ge=8)] = 64
+    """Particles a side."""
+    steps: Annotated[int, Field(ge=2)] = 15
+    """COLA time steps, equal in the scale factor."""
+    mesh_factor: Annotated[int, Field(ge=1, le=8)] = 2
+    """Force mesh cells a side for each particle a side."""
+    initial_redshift: Annotated[float, Field(gt=1)] = 19.0
+    """Where 2LPT hands over to COLA."""
+    precision: Literal["f4", "f8"] = "f8"
+    """f4 takes half the memory; particles then agree to 1e-4 of the box between numbers of ranks, not 1e-10."""
+    fixed_amplitude: bool = False
+    """Initial modes of exactly their mean amplitude, with random phases."""
+    inverted_phase: bool = False
+    """Initial field of the opposite sign: the pair of the simulation with the same seed."""
+    transfer: Transfer = "CLASS"
+    """Linear transfer function."""
+    Omega_m: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Of the CV set."""
+    sigma_8: Annotated[float, Field(gt=0, lt=2)] = 0.8
+    """Of the CV set."""
+    Omega_b: Annotated[float, Field(gt=0, lt=1)] = 0.049
+    h: Annotated[float, Field(gt=0.3, lt=1.5)] = 0.6711
+    n_s: Annotated[float, Field(gt=0.5, lt=1.5)] = 0.9624
+
+    @model_validator(mode="after")
+    def _check(self) -> "SimulateConfig":
+        wrong = [i for i in self.select or () if not 0 <= i < self.simulations]
+        if wrong:
+            raise ValueError(
+                f"select: {wrong} outside the set of {self.simulations} simulations (0 to {self.simulations - 1})"
+            )
+        if self.Omega_b >= self.Omega_m:
+            raise ValueError(f"Omega_b ({self.Omega_b}) must be below Omega_m ({self.Omega_m})")
+        return self
+
+    @property
+    def volume(self) -> str:
+        """Name of the box, like ``L25n64``."""
+        return f"L{self.box_size:g}n{self.n_particles}"
+
+
+@dataclass(frozen=True)
+class Universe:
+    """The parameters of one simulation of a set."""
+
+    index: int
+    cosmology: Cosmology
+    feedback: dict[str, float]
+    seed: int
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The six that CAMELS varies."""
+        return {"Omega_m": self.cosmology.Omega_m, "sigma_8": self.cosmology.sigma_8, **self.feedback}
+
+
+def universes(config: SimulateConfig) -> list[Universe]:
+    """The simulations of the set that are selected."""
+    from scipy.stats import qmc
+
+    fiducial = {"Omega_m": config.Omega_m, "sigma_8": config.sigma_8, **dict.fromkeys(FEEDBACK, 1.0)}
+    rows = [fiducial] * config.simulations
+    if config.set == "LH":
+        points = qmc.LatinHypercube(len(RANGES), rng=config.seed).random(config.simulations)
+        rows = [
+            {
+                name: float(low * (high / low) ** u if name in FEEDBACK else low + (high - low) * u)
+                for u, (name, (low, high)) in zip(point, RANGES.items(), strict=True)
+            }
+            for point in points
+        ]
+    chosen = range(config.simulations) if config.select is None else sorted(set(config.select))
+    return [
+        Universe(
+            index=i,
+            cosmology=Cosmology(
+                Omega_m=rows[i]["Omega_m"],
+                sigma_8=rows[i]["sigma_8"],
+                Omega_b=config.Omega_b,
+                h=config.h,
+                n_s=config.n_s,
+            ),
+            feedback={name: rows[i][name] for name in FEEDBACK},
+            seed=10_000 * config.seed + i + 1,
+        )
+        for i in chosen
+    ]
+
+
+def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
+    """Make the simulations of a set under ``out``, on all MPI ranks. Those that are complete are kept."""
+    from galdist.simulations import files
+    from galdist.simulations.cola import require_nbodykit
+
+    require_nbodykit()
+    comm = mpi.world()
+    chosen = universes(config)
+    for done, universe in enumerate(chosen):
+        paths = files.SimulationFiles(
+            out=out,
+            layout=config.layout,
+            suite=config.suite,
+            volume=config.volume,
+            set=config.set,
+            index=universe.index,
+            n_files=config.n_files,
+        )
+        if comm.bcast(paths.last.exists() if comm.rank == 0 else None):
+            continue
+        _make(comm, config, universe, paths, done, len(chosen))
+    if comm.rank == 0:
+        files.write_parameters(
+            files.parameters_path(out, config.suite, config.volume, config.set),
+            [(f"{config.set}_{u.index}", u.parameters, u.seed) for u in chosen],
+        )
+        progress.report(len(chosen), len(chosen), "complete")
+    comm.Barrier()
+
+
+def _make(comm: Any, config: SimulateConfig, universe: Universe, paths: Any, done: int, total: int) -> None:
+    """One simulation, from initial conditions to files."""
+    from galdist.simulations import cola, files, formation, halos
+
+    def report(part: float, note: str) -> None:
+        if comm.rank == 0:
+            progress.report(done + part, total, f"{config.suite} {paths.name}: {note}")
+
+    cosmology, n_total = universe.cosmology, config.n_particles**3
+    header = files.Header(
+        cosmology, config.box_size, n_total, cosmology.mean_density * config.box_size**3 / n_total
+    )
+    pending = list(_PROGENITOR_TIMES)
+    progenitors = []
+    steps = cola.evolve(
+        comm,
+        cosmology,
+        box_size=config.box_size,
+        n_particles=config.n_particles,
+        seed=universe.seed,
+        steps=config.steps,
+        mesh_factor=config.mesh_factor,
+        initial_redshift=config.initial_redshift,
+        dtype=config.precision,
+        transfer=config.transfer,
+        fixed_amplitude=config.fixed_amplitude,
+        inverted_phase=config.inverted_phase,
+    )
+    report(0.0, "initial conditions")
+    for step, particles in enumerate(steps):
+        a = particles.scale_factor
+        if step < config.steps and pending and a >= pending[0]:
+            pending = [time for time in pending if time > a]
+            groups = cola.friends_of_friends(
+                comm, particles.position, config.box_size, halos.LINKING_LENGTH, halos.MINIMUM_PARTICLES
+            )
+            progenitors.append((a, groups))
+        report(0.8 * (step + 1) / (config.steps + 1), f"step {step} of {config.steps}, z={1 / a - 1:.2f}")
+    report(0.82, "halos")
+    number, own, members = halos.find_halos(comm, cosmology, particles, progenitors, config.box_size)
+    del progenitors
+    report(0.9, "galaxies")
+    everything = halos.concatenate(comm.allgather(own))
+    everything = halos.take(everything, np.argsort(everything.number))
+    trends = formation.Trends.measure(
+        everything.mass, everything.concentration, everything.formation_redshift
+    )
+    galaxies = formation.populate(
+        own,
+        members,
+        trends,
+        physics=formation.PHYSICS[config.suite],
+        feedback=universe.feedback,
+        h=cosmology.h,
+        seed=universe.seed,
+    )
+    galaxies = comm.gather(galaxies)
+
+    report(0.92, "files")
+    starts = np.cumsum(everything.length) - everything.length
+    index = [starts[n] + np.arange(length) for n, length in zip(own.number, own.length, strict=True)]
+    free = number < 0
+    files.write_snapshot(
+        comm,
+        paths,
+        header,
+        np.concatenate(
+            [*index, _places_outside(comm, particles.ids, free, config.n_particles) + everything.length.sum()]
+        ),
+        np.concatenate((members.ids, particles.ids[free])),
+        np.concatenate((members.position, particles.position[free])),
+        np.concatenate((members.velocity, particles.velocity[free])),
+    )
+    if comm.rank == 0:
+        galaxies = halos.concatenate(galaxies)
+        galaxies = halos.take(galaxies, np.argsort(galaxies.halo, kind="stable"))
+        if config.layout == "camels":
+            files.write_groups(paths, header, everything, None, starts)
+        files.write_groups(paths, header, everything, galaxies, starts)
+        log.info(
+            "%s %s: %d halos, %d galaxies above 1e9 Msun/h",
+            config.suite,
+            paths.name,
+            len(everything),
+            (galaxies.stellar_mass > 1e9).sum(),
+        )
+    comm.Barrier()
+
+
+def _places_outside(comm: Any, ids: np.ndarray, free: np.ndarray, n_particles: int) -> np.ndarray:
+    """Place of each particle outside groups among all of them, by ID.
+
+    A row of the lattice is whole on one rank (pmesh divides the first two axes), so counts of rows suffice.
+    """
+    rows = ids[free] // n_particles
+    counts = np.bincount(rows, minlength=n_particles**2)
+    before = np.cumsum(comm.allreduce(counts)) - comm.allreduce(counts)
+    inside = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    return before[rows] + inside
