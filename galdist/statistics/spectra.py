@@ -265,7 +265,7 @@ def power(first: Any, second: Any = None) -> Any:
         kmin=fundamental / 2,
         kmax=(int(first.attrs["Nmesh"].min()) // 2 - 0.25) * fundamental,
     )
-    for key in ("assignment", "compensated", "interlaced"):
+    for key in ("simulation", "field", "redshift", "assignment", "compensated", "interlaced"):
         if key in first.attrs:
             result.attrs[key] = first.attrs[key]
     return result
@@ -297,9 +297,7 @@ def _aliasing(n_mesh: int, assignment: Assignment) -> NDArray[np.float64]:
     pm = ParticleMesh(Nmesh=[n_mesh] * 3, BoxSize=1.0, dtype="f8", comm=mpi.world())
     modes = pm.create("complex")
     order = _ORDER[assignment]
-    modes.apply(
-        lambda w, v: np.sqrt(_aliased(w, order)) / _window(w, order) + 0 * v, kind="circular", out=Ellipsis
-    )
+    modes.apply(lambda w, _: np.sqrt(_aliased(w, order)) / _window(w, order), kind="circular", out=Ellipsis)
     values: NDArray[np.float64] = power(FieldMesh(modes)).power["power"].real
     return values
 

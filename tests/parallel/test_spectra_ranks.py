@@ -1,0 +1,320 @@
+"""Spectra on real ranks: 1, 2 and 4 give the same, and what they give is right."""
+
+import json
+
+import numpy as np
+import pytest
+
+from galdist.grids.store import Field, SimulationAttrs, create_store
+from galdist.statistics.metrics import load_metrics
+from galdist.statistics.spectra import SpectraConfig, load_spectra, spectra
+
+pytest.importorskip("nbodykit", reason="nbodykit is not installed: run `make setup`")
+
+BOX = 25.0
+N_MESH = 32
+
+
+def waves(amplitude, phase=0.0, wave=(1, 2, 3), n_mesh=N_MESH):
+    """1 + amplitude cos(k.x + phase) with k = 2 pi wave / L, in order z, y, x."""
+    x = np.arange(n_mesh) / n_mesh * 2 * np.pi
+    return 1 + amplitude * np.cos(wave[2] * x[:, None, None] + wave[1] * x[:, None] + wave[0] * x + phase)
+
+
+def write_store(path, fields, name="box", assignment="none", split="test"):
+    attrs = SimulationAttrs(name=name, box_size=BOX, redshift=0.5, suite="mock", split=split)
+    n_mesh = next(iter(fields.values())).shape[0]
+    columns = [Field(name=field, assignment=assignment, dtype="float64") for field in fields]
+    store = create_store(path, [attrs], columns, n_mesh)
+    for field, values in fields.items():
+        store[name].write(field, values)
+
+
+def run_stage(folder, out, config=None):
+    """What every rank does: the stage, as the pipeline calls it."""
+    inputs = {"grids": [folder / "grids"], "predictions": sorted((folder / "predictions").iterdir())}
+    spectra(SpectraConfig(**(config or {})), inputs, out)
+    return load_spectra(out)["simulations"]
+
+
+@pytest.fixture
+def random_fields(tmp_path):
+    rng = np.random.default_rng(3)
+    shape = (N_MESH,) * 3
+    galaxies = rng.poisson(0.4, shape)
+    write_store(
+        tmp_path / "grids" / "grids.zarr",
+        {"galaxy_counts": galaxies, "matter_counts": rng.gamma(2.0, 3.0, shape)},
+        assignment="cic",
+    )
+    write_store(
+        tmp_path / "predictions" / "hod" / "prediction.zarr",
+        {
+            "galaxy_counts": galaxies + rng.poisson(0.1, shape),
+            "expected_galaxy_counts": rng.gamma(2, 3, shape),
+        },
+        assignment="ngp",
+    )
+    return tmp_path
+
+
+def leaves(value, path=()):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_agree(mpirun, random_fields, ranks):
+    alone = mpirun(1, run_stage, random_fields, random_fields / "alone")[0]["box"]
+    together = mpirun(ranks, run_stage, random_fields, random_fields / "together")
+    assert set(alone["fields"]) == {"truth", "matter", "hod", "hod:expected_galaxy_counts"}
+    assert set(alone["cross"]) == {"matter", "hod", "hod:expected_galaxy_counts"}
+    for result in together:
+        found = dict(leaves(result["box"]))
+        for path, value in leaves(alone):
+            if isinstance(value, str):
+                assert found[path] == value
+            elif path[-1] in ("r", "power") and path[0] == "cross":
+                # Cross powers cross zero: the error is relative to that of the auto powers.
+                scale = 1.0
+                if path[-1] == "power":
+                    scale = np.sqrt(alone["fields"]["truth"]["power"] * alone["fields"][path[1]]["power"])
+                assert np.abs((found[path] - value) / scale).max() < 1e-12, path
+            elif path[-1].endswith("subtracted"):  # a difference of nearly equal powers: digits are lost
+                np.testing.assert_allclose(found[path], value, rtol=1e-9, err_msg=str(path))
+            else:
+                np.testing.assert_allclose(found[path], value, rtol=1e-12, err_msg=str(path))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_plane_waves_have_the_power_correlation_and_transfer_of_the_formula(mpirun, tmp_path, ranks):
+    amplitude = 0.25
+    matter = waves(1.0, wave=(3, 1, 2))
+    write_store(
+        tmp_path / "grids" / "grids.zarr", {"galaxy_counts": waves(amplitude), "matter_counts": matter}
+    )
+    for name, field in (
+        ("louder", waves(2 * amplitude)),
+        ("opposite", waves(amplitude, np.pi)),
+        ("shifted", 7 * waves(amplitude, np.pi / 3)),
+    ):
+        write_store(tmp_path / "predictions" / name / "prediction.zarr", {"galaxy_counts": field})
+    result = mpirun(ranks, run_stage, tmp_path, tmp_path / "out")[0]["box"]
+    fundamental = 2 * np.pi / BOX
+    bin_of_wave = 3  # |(1, 2, 3)| = 3.74 fundamental modes, in the bin around 4
+    assert result["k_min"][bin_of_wave] == pytest.approx(3.5 * fundamental)
+    truth = result["fields"]["truth"]
+    # Two modes of amplitude A/2 among those of the bin, times the volume.
+    expected = np.zeros_like(result["k"])
+    expected[bin_of_wave] = 2 * BOX**3 * (amplitude / 2) ** 2 / result["modes"][bin_of_wave]
+    np.testing.assert_allclose(truth["power"], expected, atol=1e-12 * expected.max())
+    assert truth["shot_noise"] == 0
+    assert truth["n"] == pytest.approx(N_MESH**3)
+    cross = {label: {k: v[bin_of_wave] for k, v in c.items()} for label, c in result["cross"].items()}
+    assert cross["louder"]["r"] == pytest.approx(1, abs=1e-12)
+    assert cross["louder"]["transfer"] == pytest.approx(2, abs=1e-12)
+    assert cross["louder"]["r_error"] == pytest.approx(0, abs=1e-12)
+    assert cross["opposite"]["r"] == pytest.approx(-1, abs=1e-12)
+    assert cross["shifted"]["r"] == pytest.approx(0.5, abs=1e-12)
+    assert cross["shifted"]["transfer"] == pytest.approx(1, abs=1e-12)
+    assert cross["matter"]["power"] == pytest.approx(0, abs=1e-12)
+
+
+def count_modes(n_mesh):
+    """Modes in the bins, counted by hand."""
+    n = np.fft.fftfreq(n_mesh, 1 / n_mesh)
+    radius = np.sqrt(n[:, None, None] ** 2 + n[:, None] ** 2 + n**2)
+    return np.histogram(radius, bins=np.arange(0.5, n_mesh // 2))[0]
+
+
+def bins(n_mesh):
+    from galdist.statistics.spectra import field_mesh, power
+
+    field = np.random.default_rng(0).random((n_mesh,) * 3)
+    return power(field_mesh(field.__getitem__, n_mesh, BOX, "none")).power["modes"]
+
+
+@pytest.mark.parametrize(("ranks", "n_mesh"), [(1, 32), (2, 32), (4, 30), (3, 15)])
+def test_every_mode_is_in_its_bin(mpirun, ranks, n_mesh):
+    for modes in mpirun(ranks, bins, n_mesh):
+        np.testing.assert_array_equal(modes, count_modes(n_mesh))
+
+
+def uniform_power(interlaced):
+    from galdist.statistics.spectra import catalog_mesh, power
+    from hpc import mpi
+
+    comm = mpi.world()
+    position = np.random.default_rng(7).uniform(0, BOX, (40_000, 3))
+    result = power(catalog_mesh(position[comm.rank :: comm.size], BOX, N_MESH, interlaced=interlaced))
+    return result.power["power"].real, result.power["modes"], result.attrs["shotnoise"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("interlaced", [True, False])
+def test_uniform_catalog_is_flat_at_the_shot_noise(mpirun, ranks, interlaced):
+    power, modes, shot_noise = mpirun(ranks, uniform_power, interlaced)[0]
+    assert shot_noise == pytest.approx(BOX**3 / 40_000)
+    assert_flat(power / shot_noise, modes)
+
+
+def assert_flat(ratio, modes):
+    """The ratio is one within the scatter of its number of modes, in every bin and on the whole."""
+    pull = (ratio - 1) / np.sqrt(2 / modes)
+    assert np.abs(pull).max() < 4
+    assert 0.3 < np.mean(pull**2) < 2
+    assert np.average(ratio, weights=modes) == pytest.approx(1, abs=4 * np.sqrt(2 / modes.sum()))
+
+
+def painted_powers(scheme, n_points):
+    """Points on a mesh by a scheme, as a stored field would be: their power, and that of the catalog."""
+    from pmesh.pm import ParticleMesh
+
+    from galdist.statistics.spectra import _aliasing, catalog_mesh, field_mesh, power
+
+    rng = np.random.default_rng(11)
+    centers = rng.uniform(0, BOX, (n_points // 20, 3))
+    position = np.concatenate([rng.uniform(0, BOX, (n_points, 3)), centers.repeat(5, axis=0)])
+    position[n_points:] += rng.normal(0, 0.5, (len(position) - n_points, 3))
+    position %= BOX
+    position[position == BOX] = 0
+    answers = {}
+    for name, points in (("uniform", position[:n_points]), ("clustered", position)):
+        pm = ParticleMesh(Nmesh=[N_MESH] * 3, BoxSize=BOX)
+        # A cell of the mesh reaches from i H to (i + 1) H, so its center is half a cell from pmesh's point.
+        field = pm.paint(
+            points - 0.5 * BOX / N_MESH, resampler={"ngp": "nnb"}.get(scheme, scheme)
+        ).value.copy()
+        gridded = power(field_mesh(field.__getitem__, N_MESH, BOX, scheme))
+        catalog = power(catalog_mesh(points, BOX, N_MESH))
+        noise = BOX**3 / len(points)
+        answers[name] = (
+            gridded.power["power"].real - noise * _aliasing(N_MESH, scheme),
+            catalog.power["power"].real - noise,
+            gridded.power["modes"],
+            noise,
+        )
+    return answers
+
+
+@pytest.mark.parametrize("scheme", ["ngp", "cic", "tsc"])
+def test_window_and_aliased_shot_noise_are_those_of_the_scheme(mpirun, scheme):
+    answers = mpirun(1, painted_powers, scheme, 20_000)[0]
+    power, _, modes, noise = answers["uniform"]
+    assert np.abs((power / noise)[2:]).max() < 0.3  # a window left in would make it 1.4 (NGP) to 7 (TSC)
+    assert np.abs(np.average(power / noise, weights=modes)) < 0.03
+    power, catalog, modes, noise = answers["clustered"]
+    half = slice(0, N_MESH // 4)  # aliases of the signal grow beyond half the Nyquist frequency
+    ratio = np.average((power / catalog)[half], weights=modes[half])
+    assert ratio == pytest.approx(1, abs={"ngp": 0.06, "cic": 0.02, "tsc": 0.01}[scheme])
+
+
+def lognormal_power(n_bar, bias):
+    from nbodykit.lab import LogNormalCatalog, cosmology
+
+    from galdist.statistics.spectra import catalog_mesh, power
+
+    box, n_mesh = 1000.0, 128
+    linear = cosmology.LinearPower(cosmology.Planck15, redshift=0.55, transfer="EisensteinHu")
+    catalog = LogNormalCatalog(Plin=linear, nbar=n_bar, BoxSize=box, Nmesh=n_mesh, bias=bias, seed=42)
+    position = catalog["Position"].compute() % box
+    result = power(catalog_mesh(position, box, n_mesh))
+    k = result.power["k"]
+    return (
+        k,
+        result.power["power"].real - result.attrs["shotnoise"],
+        result.power["modes"],
+        bias**2 * linear(k),
+        (result.attrs["shotnoise"]),
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lognormal_catalog_recovers_its_input(mpirun, ranks):
+    k, power, modes, expected, shot_noise = mpirun(ranks, lognormal_power, 3e-4, 2.0)[0]
+    sigma = np.sqrt(2 / modes) * (expected + shot_noise)
+    # nbodykit moves the points by their linear displacements: beyond k = 0.1 that adds to the linear power.
+    pull = ((power - expected) / sigma)[k < 0.1]
+    assert np.abs(pull).max() < 4
+    assert 0.2 < np.mean(pull**2) < 2
+    assert np.abs(pull.mean()) < 3 / np.sqrt(pull.size)
+
+
+def load_with_nbodykit(files):
+    from nbodykit.lab import FFTPower
+
+    return [
+        (loaded.power["k"], loaded.power["power"], loaded.power["modes"], dict(loaded.attrs))
+        for loaded in map(FFTPower.load, files)
+    ]
+
+
+def test_files_load_in_nbodykit(mpirun, random_fields):
+    out = random_fields / "out"
+    result = mpirun(2, run_stage, random_fields, out)[0]["box"]
+    folder = out / "spectra" / "box"
+    files = [str(folder / "truth.json"), str(folder / "cross" / "hod:expected_galaxy_counts.json")]
+    (k, power, modes, attrs), (_, cross, _, _) = mpirun(1, load_with_nbodykit, files)[0]
+    np.testing.assert_allclose(k, result["k"])
+    np.testing.assert_allclose(modes, result["modes"])
+    np.testing.assert_allclose(power.real, result["fields"]["truth"]["power"])
+    np.testing.assert_allclose(cross.real, result["cross"]["hod:expected_galaxy_counts"]["power"])
+    assert attrs["shotnoise"] == pytest.approx(result["fields"]["truth"]["shot_noise"])
+    assert attrs["N1"] == result["fields"]["truth"]["n"]
+    assert list(attrs["BoxSize"]) == [BOX] * 3
+    assert list(attrs["Nmesh"]) == [N_MESH] * 3
+    assert (attrs["interlaced"], attrs["assignment"], attrs["redshift"]) == (False, "cic", 0.5)
+
+
+def test_shot_noise_is_that_of_counts_only(mpirun, random_fields):
+    fields = mpirun(1, run_stage, random_fields, random_fields / "out")[0]["box"]["fields"]
+    assert fields["truth"]["shot_noise"] == pytest.approx(BOX**3 / fields["truth"]["n"])
+    assert fields["hod:expected_galaxy_counts"]["shot_noise"] == 0
+    assert np.all(
+        fields["hod"]["shot_noise_power"] > fields["hod"]["shot_noise"]
+    )  # aliases of the NGP window
+
+
+def test_an_interrupted_measurement_goes_on(mpirun, random_fields):
+    out = random_fields / "out"
+    once = mpirun(2, run_stage, random_fields, out)[0]
+    written = (out / "spectra.json").read_bytes()
+    part = out / "parts" / "box.json"
+    stamp = part.stat().st_mtime_ns
+    (out / "spectra.json").unlink()
+    again = mpirun(1, run_stage, random_fields, out)[0]
+    assert part.stat().st_mtime_ns == stamp
+    assert (out / "spectra.json").read_bytes() == written
+    assert set(once) == set(again)
+
+
+def test_metrics_say_how_well_each_prediction_correlates(mpirun, random_fields):
+    out = random_fields / "out"
+    result = mpirun(2, run_stage, random_fields, out)[0]["box"]
+    rows = {(row["metric"], row["sample"]): row for row in load_metrics(out)}
+    band = (result["k"] >= 0.3) & (result["k"] < 3)
+    r = rows["r/hod/k0.3-3", "box"]
+    assert r["value"] == pytest.approx(result["cross"]["hod"]["r"][band].mean())
+    assert 0.8 < r["value"] < 1  # the truth, plus a quarter of galaxies at random: r = 1 / sqrt(1.25)
+    assert r["value"] == pytest.approx(1 / np.sqrt(1.25), abs=5 * r["error"])
+    assert rows["r/hod/k0.3-3", "test"]["value"] == r["value"]
+    ratio = rows["power_ratio/hod/k1-3", "box"]
+    assert ratio["value"] == pytest.approx(1 / 1.25, abs=5 * ratio["error"] + 0.15)
+    assert rows["n/hod", "box"]["value"] > rows["n/truth", "box"]["value"]
+
+
+def test_an_empty_prediction_is_left_out_and_an_empty_truth_is_an_error(mpirun, tmp_path):
+    empty, full = np.zeros((N_MESH,) * 3), waves(0.5)
+    write_store(tmp_path / "a" / "grids" / "grids.zarr", {"galaxy_counts": full})
+    write_store(tmp_path / "a" / "predictions" / "none" / "prediction.zarr", {"galaxy_counts": empty})
+    result = mpirun(2, run_stage, tmp_path / "a", tmp_path / "out-a", {"matter": None})[0]["box"]
+    assert list(result["fields"]) == ["truth"]
+    assert result["cross"] == {}
+    json.loads((tmp_path / "out-a" / "metrics.json").read_text())
+    write_store(tmp_path / "b" / "grids" / "grids.zarr", {"galaxy_counts": empty})
+    (tmp_path / "b" / "predictions").mkdir()
+    with pytest.raises(pytest.fail.Exception, match="box: its field 'galaxy_counts' is empty"):
+        mpirun(2, run_stage, tmp_path / "b", tmp_path / "out-b", {"matter": None})
