@@ -1,0 +1,539 @@
+"""A simulation as its files: snapshots and SUBFIND group catalogues of AREPO and GADGET, as HDF5.
+
+IllustrisTNG and CAMELS share what is inside the files
+(https://www.tng-project.org/data/docs/specifications, https://camels.readthedocs.io); their modules only
+know where the files lie. Here are the units, the particle masses of the header, catalogues in many chunks
+and the checks. Everything leaves in the units of galdist: Mpc/h (comoving), km/s (peculiar), Msun/h,
+Msun/yr.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galdist.simulations import READERS
+
+DARK_MATTER, STARS = 1, 4
+NO_SUBHALO = 4294967295  # -1 of a group without subhalos, where the field is unsigned
+Columns = dict[str, NDArray[Any]]
+Matter = Literal["nbody", "hydro"]
+
+_MPC_IN_CM = 3.085678e24
+_SOLAR_MASS_IN_G = 1.989e33  # with these, AREPO's unit length is 1 kpc and its unit mass 1e10 Msun, exactly
+_BANDS = ("U", "B", "V", "K", "g", "r", "i", "z")  # columns of SubhaloStellarPhotometrics
+
+
+class SimulationError(ValueError):
+    """A simulation's files are absent, damaged or not what they should be."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One simulation at one redshift. Opening it reads headers only; it is cheap to send elsewhere."""
+
+    name: str
+    suite: str
+    set: str
+    particle_files: tuple[Path, ...]
+    """Chunks of the snapshot that holds the matter, in the order of their numbers."""
+    group_files: tuple[Path, ...]
+    """Chunks of the group catalogue with galaxies; empty where there is none."""
+    nbody_group_files: tuple[Path, ...] = ()
+    """Chunks of the group catalogue of the N-body run; empty where there is none."""
+    sigma_8: float | None = None
+    n_s: float | None = None
+    astrophysics: dict[str, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    @cached_property
+    def _snapshot(self) -> "Header":
+        return read_header(self.particle_files[0])
+
+    @property
+    def box_size(self) -> float:
+        """Side of the periodic box [Mpc/h]."""
+        return self._snapshot.box_size
+
+    @property
+    def redshift(self) -> float:
+        """Redshift of the snapshot."""
+        return self._snapshot.redshift
+
+    @property
+    def cosmology(self) -> dict[str, float]:
+        """Omega_m, Omega_b, h, n_s and sigma_8: those that the files say."""
+        attributes = self._snapshot.attributes
+        known = {
+            "Omega_m": attributes.get("Omega0"),
+            "Omega_b": attributes.get("OmegaBaryon"),
+            "h": attributes.get("HubbleParam"),
+            "n_s": self.n_s,
+            "sigma_8": self.sigma_8,
+        }
+        return {key: float(value) for key, value in known.items() if value is not None}
+
+    @property
+    def n_particles(self) -> int:
+        """Dark-matter particles in all chunks of the snapshot, as the headers say."""
+        return self._snapshot.n_total(DARK_MATTER)
+
+    def n_particles_in(self, file: Path) -> int:
+        """Dark-matter particles in one chunk of the snapshot."""
+        return read_header(file).n_here(DARK_MATTER)
+
+    def particles(
+        self,
+        file: Path,
+        columns: Sequence[str] = ("position", "velocity", "mass"),
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Columns:
+        """Dark-matter particles ``start:stop`` of one chunk of the snapshot.
+
+        Parameters
+        ----------
+        file
+            one of ``particle_files``.
+        columns
+            ``position`` (n, 3) [Mpc/h] in [0, box_size), ``velocity`` (n, 3) [km/s] and ``mass`` (n,)
+            [Msun/h]; only what is asked for is read. Positions and velocities have the file's type (float32
+            or float64).
+        start, stop
+            rows, so that a chunk can be read in parts.
+
+        Raises
+        ------
+        SimulationError
+            for a field that is missing, a file that cannot be read and positions outside the box.
+        """
+        group = f"PartType{DARK_MATTER}"
+        out: Columns = {}
+        with _open(file) as hdf5:
+            header = _header_of(hdf5, file)
+            n_rows = header.n_here(DARK_MATTER)
+            rows = slice(start, n_rows if stop is None else min(stop, n_rows))
+            for column in columns:
+                if n_rows == 0:  # such a chunk has no fields
+                    out[column] = np.empty((0,) if column == "mass" else (0, 3), np.float32)
+                elif column == "position":
+                    values = _read(hdf5, f"{group}/Coordinates", rows)
+                    out[column] = _positions(values, header, file, f"{group}/Coordinates")
+                elif column == "velocity":
+                    values = _read(hdf5, f"{group}/Velocities", rows)
+                    out[column] = values * values.dtype.type(header.velocity * np.sqrt(header.scale_factor))
+                elif column == "mass":
+                    out[column] = self._masses(hdf5, header, rows)
+                else:
+                    raise SimulationError(f"{file}: no column {column!r}: position, velocity, mass are known")
+        return out
+
+    def _masses(self, hdf5: Any, header: "Header", rows: slice) -> NDArray[Any]:
+        table = header.attributes.get("MassTable")
+        mass = 0.0 if table is None else float(np.atleast_1d(table)[DARK_MATTER])
+        if mass > 0:
+            return np.full(rows.stop - rows.start, mass * header.mass)
+        field = f"PartType{DARK_MATTER}/Masses"
+        if field not in hdf5:
+            raise SimulationError(
+                f"{header.file}: no particle masses: Header/MassTable[{DARK_MATTER}] is {mass:g} "
+                f"and there is no {field}"
+            )
+        return _read(hdf5, field, rows).astype(np.float64) * header.mass
+
+    def halos(self, nbody: bool = False) -> Columns:
+        """Friends-of-friends halos: of the run with galaxies, or of its N-body twin; see `read_halos`."""
+        return read_halos(self._groups(nbody))
+
+    def galaxies(self, min_stellar_mass: float) -> Columns:
+        """Subhalos with at least ``min_stellar_mass`` [Msun/h] of stars; see `read_galaxies`."""
+        return read_galaxies(self._groups(nbody=False), min_stellar_mass)
+
+    def _groups(self, nbody: bool) -> tuple[Path, ...]:
+        files = self.nbody_group_files if nbody else self.group_files
+        if not files:
+            kind = "N-body group catalogue" if nbody else "group catalogue with galaxies"
+            raise SimulationError(f"{self.name}: there is no {kind} beside {self.particle_files[0].parent}")
+        return files
+
+
+def open_simulations(
+    layout: str, path: Path, suite: str | None = None, set: str | None = None, **where: Any
+) -> list[Simulation]:
+    """The simulations under ``path``, by the reader of ``layout`` (a key of `READERS`)."""
+    module, _, function = READERS[layout].partition(":")
+    opener: Callable[..., list[Simulation]] = getattr(import_module(module), function)
+    return opener(Path(path), suite=suite, set=set, **where)
+
+
+def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
+    """Friends-of-friends halos of a group catalogue.
+
+    Parameters
+    ----------
+    files
+        its chunks, in the order of their numbers.
+    complete
+        False to accept some of the chunks only; by default a missing one is an error.
+
+    Returns
+    -------
+    dict
+        ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``mass`` [Msun/h] of all linked particles,
+        ``mass_200c`` [Msun/h] and ``radius_200c`` [Mpc/h] of the sphere with 200 times the critical density,
+        ``n_particles``.
+    """
+    fields = ("GroupPos", "GroupVel", "GroupMass", "Group_M_Crit200", "Group_R_Crit200", "GroupLen")
+    catalog, header = _read_catalog(files, "Group", fields, complete)
+    return {
+        "position": catalog["GroupPos"],
+        # The files have GroupVel in km/s/a: the peculiar velocity is GroupVel / a.
+        "velocity": catalog["GroupVel"] * np.float32(header.velocity / header.scale_factor),
+        "mass": catalog["GroupMass"].astype(np.float64) * header.mass,
+        "mass_200c": catalog["Group_M_Crit200"].astype(np.float64) * header.mass,
+        "radius_200c": catalog["Group_R_Crit200"].astype(np.float64) * header.length,
+        "n_particles": catalog["GroupLen"].astype(np.int64),
+    }
+
+
+def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool = True) -> Columns:
+    """Galaxies of a group catalogue: subhalos with at least ``min_stellar_mass`` [Msun/h] of bound stars.
+
+    Subhalos that the catalogue flags as not of cosmological origin (``SubhaloFlag`` of IllustrisTNG) are
+    left out.
+
+    Returns
+    -------
+    dict
+        ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``stellar_mass`` [Msun/h],
+        ``star_formation_rate`` [Msun/yr], ``color_gi`` (g - i) [mag], ``half_mass_radius`` of the stars
+        [Mpc/h], ``halo`` (row of the galaxy's halo in `read_halos` of the same files, -1 where the files
+        lack it), ``is_central``.
+    """
+    fields = (
+        "SubhaloPos",
+        "SubhaloVel",
+        "SubhaloMassType",
+        "SubhaloSFR",
+        "SubhaloStellarPhotometrics",
+        "SubhaloHalfmassRadType",
+        "SubhaloGrNr",
+    )
+    catalog, header = _read_catalog(files, "Subhalo", fields, complete, optional=("SubhaloFlag",))
+    groups, _ = _read_catalog(files, "Group", ("GroupFirstSub", "GroupNsubs"), complete)
+    halo, is_central = _membership(groups, catalog["SubhaloGrNr"].astype(np.int64), files, complete)
+    stellar_mass = catalog["SubhaloMassType"][:, STARS].astype(np.float64) * header.mass
+    keep = stellar_mass >= min_stellar_mass
+    if "SubhaloFlag" in catalog:
+        keep &= catalog["SubhaloFlag"].astype(bool)
+    photometry = catalog["SubhaloStellarPhotometrics"][keep]
+    radius = catalog["SubhaloHalfmassRadType"][keep, STARS].astype(np.float64)
+    return {
+        "position": catalog["SubhaloPos"][keep],
+        "velocity": catalog["SubhaloVel"][keep] * np.float32(header.velocity),
+        "stellar_mass": stellar_mass[keep],
+        "star_formation_rate": catalog["SubhaloSFR"][keep],
+        "color_gi": photometry[:, _BANDS.index("g")] - photometry[:, _BANDS.index("i")],
+        "half_mass_radius": radius * header.length,
+        "halo": halo[keep],
+        "is_central": is_central[keep],
+    }
+
+
+def _membership(
+    groups: Columns, group_of: NDArray[np.int64], files: Sequence[Path], complete: bool
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Row of every subhalo's halo, and whether the subhalo is the first (central) one of it.
+
+    ``SubhaloGrNr`` and ``GroupFirstSub`` count over the whole catalogue. Some chunks of it begin at rows
+    that the chunks do not say; they follow from the first group that has subhalos, for a group's subhalos
+    lie together.
+    """
+    first = groups["GroupFirstSub"].astype(np.int64)
+    first[first == NO_SUBHALO] = -1
+    populated = np.flatnonzero((first >= 0) & (groups["GroupNsubs"] > 0))
+    group_offset = subhalo_offset = 0
+    if not complete and populated.size:
+        group_offset = int(group_of.min()) - int(populated[0]) if group_of.size else 0
+        subhalo_offset = int(first[populated[0]])
+        if int(groups["GroupNsubs"].sum()) != group_of.size:
+            raise SimulationError(
+                f"{files[0]}: Group/GroupNsubs counts {int(groups['GroupNsubs'].sum())} subhalos but there are "
+                f"{group_of.size}: they do not belong together; read all chunks"
+            )
+    halo = group_of - group_offset
+    inside = (halo >= 0) & (halo < first.size)
+    if complete and not inside.all():
+        raise SimulationError(
+            f"{files[0]}: Subhalo/SubhaloGrNr names group {int(group_of[~inside][0])} "
+            f"of a catalogue with {first.size}"
+        )
+    halo[~inside] = -1
+    index = np.arange(group_of.size) + subhalo_offset
+    is_central = np.zeros(group_of.size, bool)
+    is_central[inside] = first[halo[inside]] == index[inside]
+    return halo, is_central
+
+
+@dataclass(frozen=True)
+class Header:
+    """Attributes of a file's ``Header`` (and ``Parameters``), with its units."""
+
+    file: Path
+    attributes: Mapping[str, Any]
+
+    def number(self, *names: str) -> float:
+        for name in names:
+            if name in self.attributes:
+                return float(np.atleast_1d(self.attributes[name])[0])
+        raise SimulationError(f"{self.file}: attribute Header/{names[0]} is missing")
+
+    @property
+    def length(self) -> float:
+        """Unit of length [Mpc/h]."""
+        return float(self.attributes.get("UnitLength_in_cm", 3.085678e21)) / _MPC_IN_CM
+
+    @property
+    def mass(self) -> float:
+        """Unit of mass [Msun/h]."""
+        return float(self.attributes.get("UnitMass_in_g", 1.989e43)) / _SOLAR_MASS_IN_G
+
+    @property
+    def velocity(self) -> float:
+        """Unit of velocity [km/s]."""
+        return float(self.attributes.get("UnitVelocity_in_cm_per_s", 1e5)) / 1e5
+
+    @property
+    def box_size(self) -> float:
+        return round(self.number("BoxSize") * self.length, 9)
+
+    @property
+    def scale_factor(self) -> float:
+        return self.number("Time")
+
+    @property
+    def redshift(self) -> float:
+        redshift = self.number("Redshift")
+        return redshift if abs(redshift) > 1e-10 else 0.0  # snapshots at z = 0 carry rounding such as 2e-16
+
+    def _counts(self, name: str) -> NDArray[np.int64]:
+        if name not in self.attributes:
+            raise SimulationError(f"{self.file}: attribute Header/{name} is missing")
+        return np.asarray(self.attributes[name]).astype(np.int64)
+
+    def n_here(self, kind: int) -> int:
+        return int(self._counts("NumPart_ThisFile")[kind])
+
+    def n_total(self, kind: int) -> int:
+        total = int(self._counts("NumPart_Total")[kind])
+        if "NumPart_Total_HighWord" in self.attributes:
+            total += int(self._counts("NumPart_Total_HighWord")[kind]) << 32
+        return total
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """The HDF5 file, with errors of damaged data that name it."""
+    import h5py
+    import hdf5plugin  # noqa: F401  (registers the compression filters that some N-body files use)
+
+    if not file.is_file():
+        raise SimulationError(f"{file}: no such file")
+    try:
+        with h5py.File(file, "r") as hdf5:
+            yield hdf5
+    except OSError as error:
+        raise SimulationError(
+            f"{file}: cannot be read as HDF5; it may be cut short: download it again ({error})"
+        ) from error
+
+
+def read_header(file: Path) -> Header:
+    """Header of a snapshot's or group catalogue's file."""
+    with _open(file) as hdf5:
+        return _header_of(hdf5, file)
+
+
+def _header_of(hdf5: Any, file: Path) -> Header:
+    if "Header" not in hdf5:
+        raise SimulationError(f"{file}: group Header is missing: it holds {', '.join(hdf5) or 'nothing'}")
+    attributes: dict[str, Any] = {}
+    for group in ("Parameters", "Header"):
+        if group in hdf5:
+            attributes.update(hdf5[group].attrs)
+    return Header(file, attributes)
+
+
+def _read(hdf5: Any, name: str, rows: slice = slice(None)) -> NDArray[Any]:
+    group = name.rpartition("/")[0]
+    if name not in hdf5:
+        held = sorted(hdf5[group]) if group in hdf5 else sorted(hdf5)
+        near = get_close_matches(name.rpartition("/")[2], held, n=1)
+        raise SimulationError(
+            f"{hdf5.filename}: field {name} is missing{f'; did you mean {near[0]}?' if near else ''} "
+            f"{group if group in hdf5 else 'The file'} holds {', '.join(held) or 'nothing'}"
+        )
+    dataset = hdf5[name]
+    if rows.stop is not None and rows.stop > dataset.shape[0]:
+        raise SimulationError(
+            f"{hdf5.filename}: field {name} has {dataset.shape[0]} rows, the header says at least {rows.stop}"
+        )
+    try:
+        return np.asarray(dataset[rows])
+    except OSError as error:
+        raise SimulationError(
+            f"{hdf5.filename}: field {name} cannot be read; the file is damaged ({error})"
+        ) from error
+
+
+def _positions(values: NDArray[Any], header: Header, file: Path, field: str) -> NDArray[Any]:
+    """Positions in Mpc/h, in [0, box_size).
+
+    A position on the upper face, where rounding may put one, is the one on the lower face.
+    """
+    box = header.box_size
+    positions = values * values.dtype.type(header.length)
+    if positions.size:
+        low, high = float(positions.min()), float(positions.max())
+        if not (low >= -1e-6 * box and high <= box * (1 + 1e-6)):  # also where they are not numbers
+            raise SimulationError(
+                f"{file}: field {field} has positions from {low / header.length:g} to "
+                f"{high / header.length:g}, outside the box [0, {box / header.length:g}] (Header/BoxSize)"
+            )
+        limit = values.dtype.type(box)
+        if low < 0:
+            positions = np.where(positions < 0, positions + limit, positions)
+        if low < 0 or high >= limit:
+            positions = np.where(positions >= limit, values.dtype.type(0), positions)
+    return positions
+
+
+def _read_catalog(
+    files: Sequence[Path],
+    group: Literal["Group", "Subhalo"],
+    fields: Sequence[str],
+    complete: bool,
+    optional: Sequence[str] = (),
+) -> tuple[Columns, Header]:
+    """Fields of all chunks of a group catalogue, one after the other; positions are in Mpc/h already."""
+    counter = {"Group": "Ngroups", "Subhalo": "Nsubgroups"}[group]
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in (*fields, *optional)}
+    n_rows = 0
+    header = read_header(files[0])
+    for file in files:
+        part = read_header(file)
+        n_here = int(part.number(f"{counter}_ThisFile", f"N{group.lower()}s_ThisFile"))
+        n_rows += n_here
+        if n_here == 0:
+            continue  # SUBFIND writes no fields where a chunk has no rows
+        with _open(file) as hdf5:
+            for name in (*fields, *optional):
+                if name in optional and f"{group}/{name}" not in hdf5:
+                    continue
+                values = _read(hdf5, f"{group}/{name}")
+                if len(values) != n_here:
+                    raise SimulationError(
+                        f"{file}: field {group}/{name} has {len(values)} rows, "
+                        f"Header/{counter}_ThisFile says {n_here}"
+                    )
+                if name.endswith("Pos"):
+                    values = _positions(values, part, file, f"{group}/{name}")
+                parts[name].append(values)
+    n_total = int(header.number(f"{counter}_Total", f"N{group.lower()}s_Total"))
+    if complete and n_rows != n_total:
+        raise SimulationError(
+            f"{files[0]} and {len(files) - 1} more: {n_rows} rows of {group}, "
+            f"Header/{counter}_Total says {n_total}: a chunk is missing"
+        )
+    n_parts = max(len(part) for part in parts.values())
+    catalog = {}
+    for name, arrays in parts.items():
+        if arrays and len(arrays) == n_parts:
+            catalog[name] = np.concatenate(arrays)
+        elif name in fields:
+            catalog[name] = np.empty((0, *_WIDTHS.get(name, ())), np.float32)
+    return catalog, header
+
+
+_WIDTHS = {
+    "GroupPos": (3,),
+    "GroupVel": (3,),
+    "SubhaloPos": (3,),
+    "SubhaloVel": (3,),
+    "SubhaloMassType": (6,),
+    "SubhaloHalfmassRadType": (6,),
+    "SubhaloStellarPhotometrics": (8,),
+}
+
+
+def find_chunks(
+    folder: Path, stems: Iterable[str], number: int, folders: Iterable[str], counter: str
+) -> tuple[Path, ...]:
+    """Files of snapshot ``number`` in ``folder``: ``<stem>_<number>.hdf5``, or chunks
+    ``<stem>_<number>.<n>.hdf5``.
+
+    Parameters
+    ----------
+    folder
+        a simulation's folder.
+    stems
+        names without the number, such as ``snapshot`` and ``snap``.
+    number
+        of the snapshot; three digits in the names.
+    folders
+        subfolders that hold chunks, without the number, such as ``snapdir``.
+    counter
+        attribute of the header with the number of chunks.
+
+    Returns
+    -------
+    tuple of Path
+        in the order of their numbers; empty where there is none.
+
+    Raises
+    ------
+    SimulationError
+        where a chunk is missing; the message names it.
+    """
+    for stem in stems:
+        single = folder / f"{stem}_{number:03d}.hdf5"
+        if single.is_file():
+            return _all_chunks({0: single}, counter)
+        for place in (folder, *(folder / f"{name}_{number:03d}" for name in folders)):
+            pattern = re.compile(rf"{re.escape(stem)}_{number:03d}\.(\d+)\.hdf5")
+            chunks = {
+                int(match[1]): file
+                for file in (place.iterdir() if place.is_dir() else ())
+                if (match := pattern.fullmatch(file.name))
+            }
+            if chunks:
+                return _all_chunks(chunks, counter)
+    return ()
+
+
+def _all_chunks(chunks: Mapping[int, Path], counter: str) -> tuple[Path, ...]:
+    first = chunks[min(chunks)]
+    expected = int(read_header(first).number(counter, "NumFiles", "NumFilesPerSnapshot"))
+    missing = sorted(set(range(expected)) - set(chunks))
+    if missing:
+        name = re.sub(r"\.\d+\.hdf5$", f".{missing[0]}.hdf5", str(first))
+        raise SimulationError(
+            f"{name}: chunk {missing[0]} is missing: {first} says Header/{counter} = {expected}, "
+            f"but {len(chunks)} {'is' if len(chunks) == 1 else 'are'} there"
+        )
+    return tuple(chunks[index] for index in range(expected))
+
+
+def nearest(what: str, given: str, available: Sequence[str]) -> SimulationError:
+    """The error for a name that is not among those available."""
+    near = get_close_matches(given, available, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return SimulationError(f"no {what} {given!r}{hint} Available: {', '.join(available) or 'none'}")
