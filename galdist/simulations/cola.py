@@ -10,7 +10,6 @@ scheduler to synchronous for the whole process.
 """
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,29 +17,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from galdist.statistics import require_nbodykit
+
 HUBBLE = 100.0  # km/s/(Mpc/h)
 CRITICAL_DENSITY = 2.77536627e11  # (Msun/h) / (Mpc/h)^3 at z=0
 _N_LPT = -2.5  # exponent of the time-stepping ansatz, the value of Tassev et al. (2013), section A.3
 
 
-class MissingNbodykit(ImportError):
-    """nbodykit (with pmesh and classylss) is not installed."""
-
-
-def require_nbodykit() -> None:
-    """Raise `MissingNbodykit`, which says how to get it, where nbodykit is not installed."""
-    missing = [name for name in ("nbodykit", "pmesh", "mpi4py") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingNbodykit(
-            f"{', '.join(missing)} not installed: universes and power spectra are made with nbodykit and pmesh, whose "
-            "sources do not build from a package index alone. Run `make setup` in a clone of galdist (it builds "
-            "them), or install them from conda-forge (`conda install -c conda-forge nbodykit`)"
-        )
-
-
 @dataclass(frozen=True)
 class Cosmology:
-    """Flat LCDM. ``Omega_m`` and ``Omega_b`` at z=0, ``h`` = H0 / (100 km/s/Mpc), ``sigma_8`` linear at z=0."""
+    """Flat LCDM; all at z=0, ``h`` = H0 / (100 km/s/Mpc), ``sigma_8`` linear."""
 
     Omega_m: float = 0.3
     sigma_8: float = 0.8
@@ -112,12 +98,12 @@ class Growth:
         return self._get(a, 3, 2)
 
     def kick(self, a_from: float, a_to: float, a_force: float) -> float:
-        """Factor of the force T^2[x] at ``a_force`` that takes T[x] from ``a_from`` to ``a_to`` (eq. A.15)."""
+        """Factor of the force T^2[x] at ``a_force`` that takes T[x] to ``a_to`` (eq. A.15)."""
         slope = _N_LPT * a_force ** (_N_LPT - 1) * a_force**3 * float(self.cosmology.hubble(a_force))
         return (a_to**_N_LPT - a_from**_N_LPT) / slope
 
     def drift(self, a_from: float, a_to: float, a_velocity: float) -> float:
-        """Factor of T[x] at ``a_velocity`` that takes x from ``a_from`` to ``a_to`` (eq. A.15)."""
+        """Factor of T[x] at ``a_velocity`` that takes x to ``a_to`` (eq. A.15)."""
         from scipy.integrate import quad
 
         def integrand(a: float) -> float:

@@ -216,7 +216,7 @@ def chunk_bounds(total: int, n_files: int) -> np.ndarray:
 
 
 def file_positions(position: np.ndarray, box_size: float, layout: Layout = "camels") -> np.ndarray:
-    """Mpc/h to ckpc/h in the file's precision (double in TNG's snapshots), inside [0, BoxSize) after rounding."""
+    """Mpc/h to ckpc/h in the file's precision (double in TNG's), inside [0, BoxSize) after rounding."""
     result = (position * LENGTH).astype("f8" if layout == "tng" else "f4")
     result[result >= result.dtype.type(box_size * LENGTH)] = 0.0
     return result
@@ -245,7 +245,7 @@ def _snapshot_header(file: h5py.File, files: SimulationFiles, header: Header, n_
 
 
 def _dark_mass(layout: Layout, header: Header) -> float:
-    """Mass of a dark-matter particle: all matter in an N-body run, without the baryons in a hydrodynamic one."""
+    """Mass of a dark-matter particle: all matter in an N-body run, no baryons in a hydrodynamic one."""
     return header.particle_mass * (_dark_fraction(header) if layout == "tng" else 1.0)
 
 
@@ -325,7 +325,7 @@ def _subhalo_columns(header: Header, halos: Halos, galaxies: Galaxies | None) ->
         )
         stars, radius, rate = galaxies.stellar_mass, galaxies.half_mass_radius, galaxies.star_formation_rate
         magnitudes = galaxies.magnitudes
-    # All particles of a group are its central subhalo's: a satellite is a galaxy without dark matter of its own.
+    # All particles of a group are its central subhalo's: a satellite has no dark matter of its own.
     length = np.where(central, halos.length[host], 0)
     if galaxies is None:
         by_type = _masses(header, halos.mass, None)

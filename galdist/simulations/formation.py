@@ -289,7 +289,7 @@ def populate(
 
 
 def uniform(seed: int, identity: np.ndarray, draw: np.ndarray | int) -> np.ndarray:
-    """Numbers in (0, 1) that depend on (seed, identity, draw) alone: SplitMix64 (Steele, Lea & Flood 2014)."""
+    """Numbers in (0, 1) of (seed, identity, draw) alone: SplitMix64 (Steele, Lea & Flood 2014)."""
     state = np.asarray(identity).astype("u8")
     state = _mix(state + _mix(np.array([seed], "u8")))
     state = _mix(state + _mix(np.asarray(draw).astype("u8") + np.uint64(1)))
@@ -335,14 +335,14 @@ def _quiescence(
     physics: Physics,
     feedback: dict[str, float],
 ) -> np.ndarray:
-    """Probability of no star formation: mass quenching by black holes, environment quenching, early formation."""
+    """Probability of no star formation: it rises with stellar mass, environment and early formation."""
     pivot = np.log10(physics.quenching_mass) - 0.3 * np.log10(feedback["A_AGN1"] * feedback["A_AGN2"])
     x = (log_stars - pivot) / physics.quenching_width + 0.5 * age + np.where(central, 0.3, 0.8) * density
     return special.expit(x + np.where(central, 0.0, 0.7))
 
 
 def _star_formation_rate(log_stars: np.ndarray, red: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Main sequence of z=0 (Speagle et al. 2014, arXiv:1405.2041), 1.7 dex below it when quiescent [Msun/yr]."""
+    """Main sequence of z=0 (Speagle et al. 2014, arXiv:1405.2041), 1.7 dex lower if quiescent [Msun/yr]."""
     age = 13.8  # Gyr
     sequence = (0.84 - 0.026 * age) * log_stars - (6.51 - 0.11 * age)
     rate = 10 ** (sequence + np.where(red, -1.7 + 0.4 * noise, 0.25 * noise))

@@ -240,7 +240,7 @@ def _spherical_overdensities(
     box_size: float,
     n_total: int,
 ) -> dict[str, np.ndarray]:
-    """Masses, radii and circular velocity around each of this rank's centers, from all particles of all ranks."""
+    """Masses, radii and circular velocity around this rank's centers, from all particles of all ranks."""
     particle_mass = cosmology.mean_density * box_size**3 / n_total
     x = cosmology.Omega_m - 1.0
     top_hat = 18 * np.pi**2 + 82 * x - 39 * x**2  # Bryan & Norman (1998), eq. 6, at z=0
@@ -349,7 +349,7 @@ def _profiles(
 def _group_properties(
     position: np.ndarray, velocity: np.ndarray, offset: np.ndarray, box_size: float
 ) -> tuple:  # pragma: no cover - compiled
-    """Center, its velocity, mean position, mean velocity, dispersion, half-mass radius, specific angular momentum."""
+    """The first columns of `Halos` that need the particles of the groups alone."""
     n_groups = len(offset) - 1
     center = np.zeros((n_groups, 3))
     core_velocity = np.zeros((n_groups, 3))
@@ -436,8 +436,8 @@ def _largest_shares(
 
 
 def _nfw_concentration(half_mass_radius: np.ndarray, radius: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """c of the NFW profile (Navarro, Frenk & White 1997) with this half-mass radius; 1 to 50, and 1 without a mass."""
-    c = np.geomspace(1.0, 50.0, 400)
+    """c of the NFW profile (Navarro, Frenk & White 1997) with this half-mass radius, 0.1 to 50."""
+    c = np.geomspace(0.1, 50.0, 600)
 
     def enclosed(x: np.ndarray) -> np.ndarray:
         return np.log1p(x) - x / (1 + x)

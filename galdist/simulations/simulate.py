@@ -20,7 +20,8 @@ from galdist.simulations.formation import FEEDBACK, Suite
 from hpc import mpi, progress
 
 log = logging.getLogger(__name__)
-RANGES = {  # of CAMELS' Latin hypercube (Villaescusa-Navarro et al. 2021, table 1); feedback uniform in the logarithm
+# of CAMELS' Latin hypercube (Villaescusa-Navarro et al. 2021, table 1); feedback uniform in the logarithm
+RANGES = {
     "Omega_m": (0.1, 0.5),
     "sigma_8": (0.6, 1.0),
     "A_SN1": (0.25, 4.0),
@@ -37,13 +38,13 @@ class SimulateConfig(StrictModel):
     suite: Suite = "MockA"
     """Variant of the mock galaxy formation model; the name of the suite."""
     set: Literal["CV", "LH"] = "CV"
-    """CV: fiducial parameters, different seeds. LH: a Latin hypercube of cosmology and feedback, different seeds."""
+    """CV: fiducial parameters. LH: a Latin hypercube of cosmology and feedback. Seeds differ in both."""
     simulations: Annotated[int, Field(ge=1, le=10_000)] = 3
     """Number of simulations of the set."""
     select: tuple[int, ...] | None = None
     """Make only these simulations of the set (0 to simulations - 1)."""
     seed: Annotated[int, Field(ge=0, lt=200_000)] = 0
-    """Initial conditions of simulation i have the seed 10000 * seed + i + 1 (0 and 1 give pmesh the same noise)."""
+    """Simulation i has the seed 10000 * seed + i + 1 (0 and 1 would give pmesh the same noise)."""
     layout: Layout = "camels"
     """Tree and names of the files."""
     n_files: Annotated[int, Field(ge=1)] = 1
@@ -59,7 +60,7 @@ class SimulateConfig(StrictModel):
     initial_redshift: Annotated[float, Field(gt=1)] = 19.0
     """Where 2LPT hands over to COLA."""
     precision: Literal["f4", "f8"] = "f8"
-    """f4 takes half the memory; particles then agree to 1e-4 of the box between numbers of ranks, not 1e-10."""
+    """f4 takes half the memory; 1 and 2 ranks then agree to 1e-4 of the box, with f8 to 1e-12."""
     fixed_amplitude: bool = False
     """Initial modes of exactly their mean amplitude, with random phases."""
     inverted_phase: bool = False
@@ -79,7 +80,8 @@ class SimulateConfig(StrictModel):
         wrong = [i for i in self.select or () if not 0 <= i < self.simulations]
         if wrong:
             raise ValueError(
-                f"select: {wrong} outside the set of {self.simulations} simulations (0 to {self.simulations - 1})"
+                f"select: {wrong} not among the {self.simulations} simulations of this set, which are 0 to "
+                f"{self.simulations - 1}"
             )
         if self.Omega_b >= self.Omega_m:
             raise ValueError(f"Omega_b ({self.Omega_b}) must be below Omega_m ({self.Omega_m})")
@@ -142,7 +144,7 @@ def universes(config: SimulateConfig) -> list[Universe]:
 def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     """Make the simulations of a set under ``out``, on all MPI ranks. Those that are complete are kept."""
     from galdist.simulations import files
-    from galdist.simulations.cola import require_nbodykit
+    from galdist.statistics import require_nbodykit
 
     require_nbodykit()
     comm = mpi.world()
