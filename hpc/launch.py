@@ -1,8 +1,8 @@
 """Run a function as a job: `submit` starts it with the processes its runtime wants, a `Job` follows it.
 
-A function is named ``"module:function"`` and takes JSON-able keyword arguments, so a job can be started on any
-machine that has the same packages. Every rank runs under `hpc.rank`, which writes what became of it; a job with
-a dead rank ends at once and tells which one died first.
+A function is named ``"module:function"`` and takes JSON-able keyword arguments, so a job can be started on
+any machine that has the same packages. Every rank runs under `hpc.rank`, which writes what became of it; a job
+with a dead rank ends at once and tells which one died first.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Outcome:
     failures: tuple[Failure, ...] = ()
     """The one that caused the others first; empty for a job that did its work."""
     peak_memory: dict[str, int] = field(default_factory=dict)
-    """Largest resident memory of each process [bytes]: ``"rank 0"``, ``"rank 0 process 1"`` (a Dask worker, ...)."""
+    """Largest resident memory [bytes] of ``rank 0``, ``rank 0 process 1`` (a Dask worker, say), ``rank 1`` ..."""
     hosts: tuple[str, ...] = ()
 
     def describe(self, n_lines: int = 15) -> str:
@@ -75,7 +75,7 @@ class Job(Protocol):
         """How the job ended; None while it runs. Never waits."""
 
     def cancel(self, grace: float = 5.0) -> None:
-        """Ask the processes to end (SIGTERM), kill after ``grace`` seconds what is left, return when all are gone."""
+        """Ask the processes to end (SIGTERM), kill after ``grace`` seconds what is left; all are gone after."""
 
 
 def submit(
@@ -95,8 +95,8 @@ def submit(
     arguments:
         What json can write.
     folder:
-        Gets the job's files: ``log.txt`` (``log.1.txt`` and so on for the other ranks), ``progress.json``, ``.job/``.
-        Processes that an earlier job in this folder left behind are ended first.
+        Gets the job's files: ``log.txt`` (``log.1.txt`` and so on for the other ranks), ``progress.json``,
+        ``.job/``. Processes that an earlier job in this folder left behind are ended first.
     runtime:
         ``serial`` and ``dask``: one process. ``ddp`` and ``mpi``: the function is called on every rank.
         All see the number of ranks (Dask: workers to start) in ``HPC_WORLD_SIZE``.
@@ -301,13 +301,12 @@ class _LocalJob:
             if silent and not found:
                 reason = f"(mpirun) ended with status {codes[0]} before rank {silent[0]} said how it ended"
                 found.append((True, Failure(None, reason, log, now)))
-            elif silent:
-                started = {report["rank"] for report in reports}
-                found += [
-                    (False, Failure(number, "was killed", rank.log_path(self.folder, number), now))
-                    for number in silent
-                    if number in started
-                ]
+            started = {report["rank"] for report in reports}
+            found += [
+                (True, Failure(number, "was killed", rank.log_path(self.folder, number), now))
+                for number in silent
+                if number in started
+            ]
         if not found:
             found.append((True, Failure(0, "ended without a word", rank.log_path(self.folder, 0), now)))
         # A crash pulls the others down within moments, so it goes before what they complained of.

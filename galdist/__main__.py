@@ -1,0 +1,5 @@
+"""``python -m galdist``: the command line."""
+
+from galdist.cli import main
+
+main()
