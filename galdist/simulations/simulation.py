@@ -266,7 +266,7 @@ def _membership(
         subhalo_offset = int(first[populated[0]])
         if int(groups["GroupNsubs"].sum()) != group_of.size:
             raise SimulationError(
-                f"{files[0]}: Group/GroupNsubs counts {int(groups['GroupNsubs'].sum())} subhalos but there are "
+                f"{files[0]}: Group/GroupNsubs counts {int(groups['GroupNsubs'].sum())} subhalos, there are "
                 f"{group_of.size}: they do not belong together; read all chunks"
             )
     halo = group_of - group_offset
