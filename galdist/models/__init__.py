@@ -1,0 +1,135 @@
+"""Model families: the registry, and what a family is to the training loop.
+
+A model family is an *objective*: a module that knows its losses, its predictions and its metrics. The loop
+knows nothing else of it. A new family is one file and one line in `MODELS`.
+"""
+
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Annotated, Any, ClassVar
+
+from numpy.typing import NDArray
+from pydantic import SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
+from torch import Tensor, nn
+
+from galdist.config import StrictModel
+from galdist.grids.store import Field
+
+Batch = Mapping[str, Any]
+TrainingFields = Callable[[str], Iterator[NDArray[Any]]]
+"""Gives a field of every training sample, one at a time, anew at every call."""
+
+MODELS: dict[str, str] = {
+    "r2unet-classifier": "galdist.models.r2unet:R2UNetClassifier",
+    "r2unet-regressor": "galdist.models.r2unet:R2UNetRegressor",
+}
+
+
+class ModelConfig(StrictModel):
+    """Settings of a model family; each family has its own."""
+
+    name: str
+
+
+class Objective(nn.Module, abc.ABC):
+    """A model with what it is trained for.
+
+    Batches are those of `galdist.data.datasets`: fields, the `halo` that is context only, and `periodic`.
+    Losses and metrics count the voxels inside the halo, predictions cover them.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+
+    config: ModelConfig
+    fields: tuple[str, ...]
+    """Fields that a training batch holds."""
+    inputs: tuple[str, ...]
+    """Fields that `predict` reads."""
+    outputs: tuple[Field, ...]
+    """Fields that `predict` gives."""
+    reach: int
+    """Cells from a voxel to the furthest input that its prediction depends on: the halo that makes tiles
+    exact."""
+    alignment: int
+    """Origins of tiles are multiples of it."""
+    parts: tuple["Objective", ...] = ()
+    """Trained models that this one holds."""
+
+    @abc.abstractmethod
+    def prepare(self, training: TrainingFields) -> None:
+        """Take what the training split decides (normalizations, class balance) into buffers."""
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses, each the mean over the batch; `loss` is the one to minimize."""
+
+    @abc.abstractmethod
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Fields named in `outputs`, ``(batch, component, z, y, x)`` without the halo."""
+
+    @abc.abstractmethod
+    def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What `summarize` needs of a batch, as tensors that add over batches and ranks; and its
+        predictions."""
+
+    @abc.abstractmethod
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics of a sample from its sums; `loss` is the one that training minimizes."""
+
+    def calibrate(self, sums: Mapping[str, Tensor]) -> None:
+        """Choose on the validation split what is chosen there (a threshold), before it is summarized."""
+        del sums
+
+    def description(self) -> dict[str, Any]:
+        """Everything but the weights: `from_description` builds the same model from it."""
+        return {
+            "model": self.config.model_dump(mode="json"),
+            "parts": [part.description() for part in self.parts],
+        }
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The family called ``name``.
+
+    Raises
+    ------
+    ValueError
+        where there is none; the message names the nearest.
+    """
+    if name not in MODELS:
+        near = get_close_matches(str(name), MODELS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no model {name!r}{hint} There are: {', '.join(MODELS)}")
+    module, _, attribute = MODELS[name].partition(":")
+    found: type[Objective] = getattr(import_module(module), attribute)
+    return found
+
+
+def build(config: ModelConfig, parts: Sequence[Objective] = ()) -> Objective:
+    """An untrained model, on top of the trained ``parts`` that its family needs."""
+    return objective_class(config.name)(config, tuple(parts))
+
+
+def from_description(description: Mapping[str, Any]) -> Objective:
+    """The model that `Objective.description` describes, without its weights."""
+    parts = [from_description(part) for part in description["parts"]]
+    return build(_model_config(description["model"]), parts)
+
+
+def _model_config(value: Any) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError(f"a model has a name, one of: {', '.join(MODELS)}")
+    return objective_class(value["name"]).Config.model_validate(value)
+
+
+def _validate(value: Any, handler: ValidatorFunctionWrapHandler) -> ModelConfig:
+    del handler  # would make the base class of it
+    return _model_config(value)
+
+
+AnyModelConfig = Annotated[SerializeAsAny[ModelConfig], WrapValidator(_validate)]
+"""Annotation of a field that holds the settings of any family, chosen by `name`."""

@@ -1,0 +1,484 @@
+"""Samples for torch from grid stores: random periodic crops for training, tiles with halos for whole boxes.
+
+What a sample is depends on ``(seed, epoch, index)`` alone, never on the rank or worker that makes it: any
+number of ranks trains on the same batches, and a resumed run sees what it would have seen.
+
+A batch is a dict: one float32 tensor ``(batch, component, z, y, x)`` a field, in the field's own units;
+``halo``, the number of voxels at each face that are context only (no loss, no prediction); and ``periodic``,
+whether the batch holds whole boxes, whose opposite faces touch.
+"""
+
+import math
+import shutil
+import signal
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from galdist.config import StrictModel
+from galdist.data.transforms import N_SYMMETRIES, cube_symmetry
+from galdist.grids.store import SimulationGrids, Split, open_store
+from hpc import ddp, durable
+
+Batch = dict[str, Any]
+
+
+class Mesh(Protocol):
+    """A field ``([3,] z, y, x)`` on a cubic mesh, in memory or not: NumPy and Zarr arrays are such."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, selection: Any, /) -> Any: ...
+
+
+class CropsConfig(StrictModel):
+    """Random periodic crops of the training boxes, each under one of the cube's 48 symmetries."""
+
+    kind: Literal["crops"] = "crops"
+    crop: PositiveInt = 32
+    """Side of a crop [cells]; a multiple of what the network halves. The whole mesh is a crop too, a periodic
+    one."""
+    margin: NonNegativeInt = 0
+    """Cells at each face of a crop that the network sees but that carry no loss: there it lacks its
+    surroundings."""
+    crops_per_box: PositiveInt = 16
+    """Crops of each training box in an epoch."""
+    cache_gib: PositiveFloat = 8.0
+    """Bound on the decoded boxes kept on the disk of each node [GiB]. Where all boxes exceed it, an epoch
+    goes through them in groups of half of it, in an order that changes from epoch to epoch."""
+    workers: NonNegativeInt = 1
+    """Processes a rank that make batches; 0 makes them in the training process."""
+
+    @model_validator(mode="after")
+    def _leave_an_interior(self) -> "CropsConfig":
+        if 2 * self.margin >= self.crop:
+            raise ValueError(
+                f"margin {self.margin} leaves nothing of crop {self.crop}; it must be below half of it"
+            )
+        return self
+
+
+class Box(NamedTuple):
+    """A simulation of a grid store."""
+
+    store: str
+    name: str
+
+    def open(self) -> SimulationGrids:
+        return open_store(self.store)[self.name]
+
+
+def find_boxes(steps: Sequence[Path], split: Split) -> list[Box]:
+    """The simulations of ``split`` in the grid stores of step folders, in the order of steps and stores."""
+    stores = [step / "grids.zarr" for step in steps]
+    return [Box(str(store), name) for store in stores for name in open_store(store).names(split)]
+
+
+def periodic_crop(mesh: Mesh, origin: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
+    """A block ``(component, z, y, x)`` of a periodic mesh; it may leave the mesh on any side, and exceed it.
+
+    Parameters
+    ----------
+    mesh
+        the field, with or without leading components; only what the block needs is read of it.
+    origin, shape
+        first cell and size of the block along z, y, x.
+    """
+    n_mesh = mesh.shape[-1]
+    pieces = [_wrap(start % n_mesh, size, n_mesh) for start, size in zip(origin, shape, strict=True)]
+    crop: NDArray[np.float32] | None = None
+    for blocks in product(*pieces):
+        values = np.asarray(mesh[(..., *(source for source, _ in blocks))])
+        values = values.reshape(-1, *values.shape[-3:])
+        if crop is None:
+            crop = np.empty((len(values), *shape), np.float32)
+        crop[(slice(None), *(target for _, target in blocks))] = values
+    assert crop is not None
+    return crop
+
+
+def _wrap(start: int, size: int, n_mesh: int) -> list[tuple[slice, slice]]:
+    """Runs of a periodic axis that make up ``start .. start + size``: where each lies in the mesh and in the
+    block."""
+    runs, done = [], 0
+    while done < size:
+        length = min(size - done, n_mesh - start)
+        runs.append((slice(start, start + length), slice(done, done + length)))
+        start, done = 0, done + length
+    return runs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of a periodic mesh to predict, and the halo that must be read around it."""
+
+    origin: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    halo: int
+    periodic: bool
+    """Whether the block is the whole mesh."""
+
+    @property
+    def interior(self) -> tuple[slice, slice, slice]:
+        """Where the block lies in the mesh."""
+        z, y, x = (slice(start, start + size) for start, size in zip(self.origin, self.shape, strict=True))
+        return z, y, x
+
+    def batch(self, fields: Mapping[str, Mesh]) -> Batch:
+        """The block of every field with its halo, as a batch of one."""
+        origin = [start - self.halo for start in self.origin]
+        shape = [size + 2 * self.halo for size in self.shape]
+        batch: Batch = {"halo": self.halo, "periodic": self.periodic}
+        for field, mesh in fields.items():
+            batch[field] = torch.from_numpy(periodic_crop(mesh, origin, shape))[None]
+        return batch
+
+
+def tiles(n_mesh: int, side: int, halo: int, alignment: int) -> list[Tile]:
+    """Cut a periodic mesh into blocks of ``side`` cells (smaller at the end) with halos, in order z, y, x.
+
+    Origins and halos are multiples of ``alignment``, so that pooling cells are those of the whole mesh. Where
+    a block with its halo would be as large as the mesh, the mesh itself is the only tile.
+
+    Raises
+    ------
+    ValueError
+        where the mesh or the blocks are no multiple of the alignment.
+    """
+    for what, cells in (("n_mesh", n_mesh), ("tile", side)):
+        if cells % alignment:
+            raise ValueError(
+                f"{what} is {cells}: this network halves its mesh, so it must be a multiple of {alignment}"
+            )
+    halo = math.ceil(halo / alignment) * alignment
+    if side + 2 * halo >= n_mesh:
+        return [Tile((0, 0, 0), (n_mesh,) * 3, 0, periodic=True)]
+    starts = range(0, n_mesh, side)
+    return [
+        Tile(
+            (z, y, x),
+            (min(side, n_mesh - z), min(side, n_mesh - y), min(side, n_mesh - x)),
+            halo,
+            periodic=False,
+        )
+        for z, y, x in product(starts, repeat=3)
+    ]
+
+
+class BoxCache:
+    """Decoded boxes as memory-mapped files, shared by all processes of a node.
+
+    Whoever needs a box first decodes it; two processes that do so at once write the same bytes. Crops then
+    cost a copy from the page cache (25,000/s of 32^3 against 1,000/s from a compressed store).
+    """
+
+    def __init__(self, folder: Path, boxes: Sequence[Box], most_open: int) -> None:
+        # One folder a node: the step folder may be on a file system that other nodes see, with process ids of
+        # theirs.
+        self.folder = folder / socket.gethostname()
+        self.boxes = list(boxes)
+        self.most_open = most_open
+        self._open: OrderedDict[tuple[int, str], NDArray[Any]] = OrderedDict()
+
+    def load(self, box: int, field: str) -> NDArray[Any]:
+        """Field of ``boxes[box]`` in its store's index order; decodes it where no process has yet."""
+        if (box, field) in self._open:
+            self._open.move_to_end((box, field))
+            return self._open[box, field]
+        path = self._path(box, field)
+        try:
+            values = np.load(path, mmap_mode="r")
+        except FileNotFoundError:
+            values = self.boxes[box].open().read(field)
+            with durable.atomic_path(path) as temporary, open(temporary, "wb") as stream:
+                np.save(stream, values)
+        self._open[box, field] = values
+        while len({box for box, _ in self._open}) > self.most_open:
+            self._open.popitem(last=False)
+        return values
+
+    def keep(self, boxes: Sequence[int]) -> None:
+        """Remove the files of all other boxes. Who still reads one keeps what it has mapped."""
+        kept = {self._path(box, "*").name.split("-")[0] for box in boxes}
+        for path in self.folder.glob("*.npy"):
+            if path.name.split("-")[0] not in kept:
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove this node's files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, box: int, field: str) -> Path:
+        return self.folder / f"{box:06d}-{field}.npy"
+
+
+class CropIndex(NamedTuple):
+    """Names a training sample."""
+
+    epoch: int
+    sample: int
+    """Place in the epoch."""
+    box: int
+
+
+class CropDataset(Dataset[dict[str, NDArray[np.float32]]]):
+    """Random crops, by `CropIndex`: origin and symmetry are drawn from ``(seed, epoch, sample)``."""
+
+    def __init__(self, cache: BoxCache, fields: Sequence[str], crop: int, n_mesh: int, seed: int) -> None:
+        self.cache = cache
+        self.fields = list(fields)
+        self.crop = crop
+        self.n_mesh = n_mesh
+        self.seed = seed
+
+    def __getitem__(self, index: CropIndex) -> dict[str, NDArray[np.float32]]:
+        random = np.random.default_rng([self.seed, index.epoch, index.sample])
+        origin = random.integers(self.n_mesh, size=3).tolist()
+        symmetry = int(random.integers(N_SYMMETRIES))
+        sample = {}
+        for field in self.fields:
+            values = self.cache.load(index.box, field)
+            crop = periodic_crop(values, origin, (self.crop,) * 3)
+            sample[field] = cube_symmetry(crop, symmetry)
+        return sample
+
+
+class CropSampler(Sampler[list[CropIndex]]):
+    """This rank's part of every batch of an epoch, from a position on.
+
+    An epoch shuffles the boxes, goes through them in windows of as many as the cache holds, and shuffles the
+    crops of each window. Sample ``i`` belongs to step ``i // batch_size`` whatever the number of ranks.
+
+    Parameters
+    ----------
+    n_boxes, crops_per_box
+        samples of an epoch; those that do not fill a batch are left out.
+    window
+        boxes that are decoded at one time.
+    batch_size
+        samples of a step, over all ranks.
+    parts
+        parts of a step on each rank (gradient accumulation).
+    on_window
+        called with the boxes that a window and the one before it need, as the window begins.
+    """
+
+    def __init__(
+        self,
+        n_boxes: int,
+        crops_per_box: int,
+        window: int,
+        batch_size: int,
+        parts: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        on_window: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        self.n_boxes, self.crops_per_box, self.window = n_boxes, crops_per_box, window
+        self.batch_size, self.parts, self.rank, self.world_size = batch_size, parts, rank, world_size
+        self.seed = seed
+        self.on_window = on_window
+        self.epoch = self.first_step = 0
+        self.steps = n_boxes * crops_per_box // batch_size
+        """Steps in an epoch."""
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """Where the next iteration begins; those after it begin where they are told."""
+        self.epoch, self.first_step = epoch, step
+
+    def order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The box of every sample of the epoch, and the boxes as the windows take them."""
+        random = np.random.default_rng([self.seed, self.epoch])
+        boxes = random.permutation(self.n_boxes)
+        order = []
+        for start in range(0, self.n_boxes, self.window):
+            crops = np.repeat(boxes[start : start + self.window], self.crops_per_box)
+            order.append(random.permutation(crops))
+        return np.concatenate(order), boxes
+
+    def __iter__(self) -> Iterator[list[CropIndex]]:
+        epoch = self.epoch
+        order, boxes = self.order()
+        size = self.batch_size // (self.parts * self.world_size)
+        entered = -1
+        for step in range(self.first_step, self.steps):
+            last = (step + 1) * self.batch_size - 1
+            window = last // (self.window * self.crops_per_box)
+            if window != entered and self.on_window is not None and self.window < self.n_boxes:
+                self.on_window(boxes[max(window - 1, 0) * self.window : (window + 1) * self.window].tolist())
+                entered = window
+            for part in range(self.parts):
+                start = step * self.batch_size + (part * self.world_size + self.rank) * size
+                yield [CropIndex(epoch, sample, int(order[sample])) for sample in range(start, start + size)]
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.parts
+
+
+class _Collate:
+    """Stacks samples into a batch; a class, so that it can be sent to workers."""
+
+    def __init__(self, halo: int, periodic: bool) -> None:
+        self.halo, self.periodic = halo, periodic
+
+    def __call__(self, samples: list[dict[str, NDArray[np.float32]]]) -> Batch:
+        batch: Batch = {
+            field: torch.from_numpy(np.stack([s[field] for s in samples])) for field in samples[0]
+        }
+        return {**batch, "halo": self.halo, "periodic": self.periodic}
+
+
+class GridData:
+    """The training and validation boxes of grid stores.
+
+    Parameters
+    ----------
+    steps
+        step folders that hold a `grids.zarr`.
+    fields
+        the fields that the model reads.
+    cache_folder
+        where decoded boxes are kept while training.
+
+    Raises
+    ------
+    ValueError
+        where there are no training or validation boxes, meshes differ, a field is missing, or the crop does
+        not fit.
+    """
+
+    def __init__(
+        self, config: CropsConfig, steps: Sequence[Path], fields: Sequence[str], cache_folder: Path
+    ) -> None:
+        self.config = config
+        self.fields = tuple(fields)
+        self.training = find_boxes(steps, "train")
+        self.validation = find_boxes(steps, "validation")
+        where = ", ".join(str(step / "grids.zarr") for step in steps)
+        for split, boxes in (("train", self.training), ("validation", self.validation)):
+            if not boxes:
+                raise ValueError(
+                    f"{where}: no simulation has the split {split!r}; name some in the ingest step's split"
+                )
+        grids = [box.open() for box in (*self.training, *self.validation)]
+        meshes = {simulation.n_mesh: simulation.attrs.name for simulation in grids}
+        if len(meshes) > 1:
+            raise ValueError(f"{where}: meshes differ ({meshes}); train on stores of one n_mesh")
+        self.n_mesh = next(iter(meshes))
+        for simulation in grids:
+            for field in self.fields:
+                simulation.array(field)
+        if config.crop > self.n_mesh:
+            raise ValueError(
+                f"data.crop is {config.crop}, larger than the mesh of {self.n_mesh} cells ({where})"
+            )
+        self.periodic = config.crop == self.n_mesh
+        if self.periodic and config.margin:
+            raise ValueError(
+                f"data.margin is {config.margin} but crops are whole boxes, which lack no surroundings: "
+                "set it to 0"
+            )
+        box_bytes = sum(grids[0].array(field).nbytes for field in self.fields)
+        budget = int(config.cache_gib * 2**30)
+        self.window = len(self.training)
+        if box_bytes * len(self.training) > budget:
+            self.window = min(
+                self.window, max(1, budget // (2 * box_bytes))
+            )  # the window before may still be read
+        self.cache = BoxCache(cache_folder, self.training, most_open=2 * self.window)
+
+    def sampler(self, group: ddp.Group, batch_size: int, parts: int, seed: int) -> CropSampler:
+        """The order of the training samples.
+
+        Raises
+        ------
+        ValueError
+            where ``batch_size`` cannot be shared by ``parts`` on every rank, or exceeds an epoch.
+        """
+        if batch_size % (parts * group.world_size):
+            raise ValueError(
+                f"batch_size is {batch_size}: it must be a multiple of ranks x accumulate = "
+                f"{group.world_size} x {parts}, so that every rank does the same work"
+            )
+        sampler = CropSampler(
+            len(self.training),
+            self.config.crops_per_box,
+            self.window,
+            batch_size,
+            parts,
+            group.rank,
+            group.world_size,
+            seed,
+            on_window=self.cache.keep if group.local_rank == 0 else None,
+        )
+        if sampler.steps == 0:
+            raise ValueError(
+                f"an epoch has {len(self.training)} boxes x {self.config.crops_per_box} crops, fewer than "
+                f"the batch_size of {batch_size}: raise data.crops_per_box"
+            )
+        return sampler
+
+    def loader(self, sampler: CropSampler, seed: int, pin_memory: bool) -> "DataLoader[Batch]":
+        """Batches of the training samples in the sampler's order, made by worker processes."""
+        workers = self.config.workers
+        # Spawned, not forked: the store's decoder has threads, which a fork does not copy.
+        processes: dict[str, Any] = (
+            {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
+            if workers
+            else {}
+        )
+        return DataLoader(
+            CropDataset(self.cache, self.fields, self.config.crop, self.n_mesh, seed),
+            batch_sampler=sampler,
+            collate_fn=_Collate(self.config.margin, self.periodic),
+            num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_rank,
+            pin_memory=pin_memory,
+            **processes,
+        )
+
+    def training_fields(self, field: str) -> Iterator[NDArray[Any]]:
+        """``field`` of every training box, one at a time."""
+        for box in self.training:
+            yield box.open().read(field)
+
+    def validation_batches(self, group: ddp.Group, side: int, halo: int, alignment: int) -> Iterator[Batch]:
+        """This rank's share of the validation boxes, as tiles that together cover every voxel once."""
+        blocks = tiles(self.n_mesh, side, halo, alignment)
+        mine = range(group.rank, len(self.validation) * len(blocks), group.world_size)
+        held: int | None = None
+        whole: dict[str, Mesh] = {}
+        for item in mine:
+            box, tile = divmod(item, len(blocks))
+            if box != held:
+                grids = self.validation[box].open()
+                whole = {field: grids.read(field) for field in self.fields}
+                held = box
+            yield blocks[tile].batch(whole)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A terminal or a scheduler signals every process: the rank saves its work and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,97 @@
+"""Layers that networks on periodic meshes share.
+
+Every layer is local (an output depends on a bounded neighborhood, never on the mean of a mesh) and sees one
+sample at a time. So a box predicted in tiles is the box predicted whole, and 2 ranks with half a batch each
+train as 1 rank does. Batch normalization breaks both, group and instance normalization the first.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Brings the variance of a ReLU of a unit Gaussian back to one: Brock et al. 2021 (arXiv:2101.08692), section
+# 2.
+_RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+
+
+def wrap(x: Tensor, width: int) -> Tensor:
+    """``x`` ``(..., z, y, x)`` of a periodic mesh, continued by ``width`` cells at each face."""
+    for axis in (-3, -2, -1):
+        n = x.shape[axis]
+        x = torch.cat([x.narrow(axis, n - width, width), x, x.narrow(axis, 0, width)], axis)
+    return x
+
+
+def trim(x: Tensor, width: int) -> Tensor:
+    """``x`` ``(..., z, y, x)`` without ``width`` cells at each face."""
+    if width == 0:
+        return x
+    inside = slice(width, -width)
+    return x[..., inside, inside, inside]
+
+
+class RecurrentConv3d(nn.Module):
+    """Recurrent convolution of a 3^3 kernel: y_0 = relu(w * x), y_t = relu(w * (x + y_{t-1})); gives the last
+    y.
+
+    Alom et al. 2018 (arXiv:1802.06955), section III, where each step ends in batch normalization. Here the
+    kernel is standardized instead (scaled weight standardization with gains, Brock et al. 2021,
+    arXiv:2101.08692, eq. 5): zero mean and the norm that keeps unit variance through the ReLU. It costs
+    nothing per voxel, and it is local.
+    """
+
+    def __init__(self, channels: int, recurrence: int) -> None:
+        super().__init__()
+        self.recurrence = recurrence
+        self.weight = nn.Parameter(torch.randn(channels, channels, 3, 3, 3))
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def _kernel(self) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3, 4), correction=0, keepdim=True)
+        fan_in = self.weight[0].numel()
+        scale = self.gain.view(-1, 1, 1, 1, 1) * torch.rsqrt(variance * fan_in + 1e-6)
+        return _RELU_GAIN * scale * (self.weight - mean)
+
+    def forward(self, x: Tensor, periodic: bool) -> Tensor:
+        kernel = self._kernel()
+        y = F.relu(_convolve(x, kernel, self.bias, periodic))
+        # x + y has twice the variance of either; the kernel takes the factor, since it is smaller than the
+        # mesh.
+        kernel = kernel * math.sqrt(0.5)
+        for _ in range(self.recurrence):
+            y = F.relu(_convolve(x + y, kernel, self.bias, periodic))
+        return y
+
+
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, periodic: bool) -> Tensor:
+    if periodic:
+        return F.conv3d(wrap(x, 1), kernel, bias)
+    return F.conv3d(x, kernel, bias, padding=1)
+
+
+class RecurrentResidualBlock(nn.Module):
+    """Two recurrent convolutions with a skip connection around both, after a 1^3 convolution to ``n_out``
+    channels.
+
+    Alom et al. 2018 (arXiv:1802.06955), figure 4d. The branch starts at half strength and learns its own
+    (SkipInit, De & Smith 2020, arXiv:2002.10444): without batch statistics that is what keeps deep stacks
+    stable.
+    """
+
+    def __init__(self, n_in: int, n_out: int, recurrence: int) -> None:
+        super().__init__()
+        self.project = nn.Conv3d(n_in, n_out, 1)
+        self.first = RecurrentConv3d(n_out, recurrence)
+        self.second = RecurrentConv3d(n_out, recurrence)
+        self.strength = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, periodic: bool) -> Tensor:
+        x = self.project(x)
+        return torch.addcmul(x, self.second(self.first(x, periodic), periodic), self.strength.to(x.dtype))
+
+    def reach(self) -> int:
+        """Cells of its own mesh that an output depends on, to each side."""
+        return self.first.recurrence + self.second.recurrence + 2

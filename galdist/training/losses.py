@@ -1,0 +1,50 @@
+"""Losses of sparse targets, per voxel.
+
+None of them is normalized by what a batch happens to hold (the sum of its weights, its number of galaxies):
+means over ranks then equal the mean over the whole batch, so that 2 ranks train as 1 does.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, positive_weight: float) -> Tensor:
+    """Binary cross-entropy with class weights [1, w]/(1 + w) (Zhang et al. 2019, arXiv:1902.05965), per
+    voxel.
+
+    Parameters
+    ----------
+    logits
+        log-odds of the positive class, any shape.
+    labels
+        0 or 1, as floats of the same shape.
+    positive_weight
+        w; 80 in the paper.
+
+    Returns
+    -------
+    Tensor of the same shape; its minimum is where the log-odds are those of the labels plus ln w.
+    """
+    weights = (1 + (positive_weight - 1) * labels) / (1 + positive_weight)
+    return weights * F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+def weighted_squared_error(predicted: Tensor, counts: Tensor, nonempty_weight: float) -> Tensor:
+    """Squared error with weight w on voxels that hold something and 1 elsewhere, per voxel."""
+    weights = 1 + (nonempty_weight - 1) * (counts > 0).to(predicted.dtype)
+    return weights * (predicted - counts).square()
+
+
+def unweighted_probability(probability: Tensor, positive_weight: float) -> Tensor:
+    """Probability q of the positive class, from the p that weighted cross-entropy teaches: p/(1-p) = w
+    q/(1-q)."""
+    return probability / (probability + positive_weight * (1 - probability))
+
+
+def unweighted_mean(mean: Tensor, occupied: Tensor, nonempty_weight: float) -> Tensor:
+    """Mean count, from the mean f that the weighted squared error teaches.
+
+    That error is least at f = w m / (1 - q + w q), with m the mean count and q the probability that the voxel
+    holds anything: voxels with galaxies are counted w times.
+    """
+    return mean * (1 + (nonempty_weight - 1) * occupied) / nonempty_weight
