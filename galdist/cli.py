@@ -10,7 +10,7 @@ import typer
 import galdist
 
 if TYPE_CHECKING:
-    from galdist.pipeline import PlannedStep
+    from galdist.plan import PlannedStep
 
 app = typer.Typer(
     help=galdist.__doc__,
@@ -34,6 +34,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of a pipe has gone: nothing is left to say, and nobody to say it to
         sys.exit(141)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _fail(str(error), 1)
 
 
 def _fail(message: str, status: int) -> None:
@@ -107,19 +111,20 @@ def run(
     Stopped or killed at any moment, the same command continues.
     """
     from galdist import config, display, pipeline
+    from galdist.plan import plan
+    from galdist.status import reports, results
     from hpc.site import load_site
 
     checked = config.load(source, tuple(sets or ()))
     machine = load_site(site)
     folder = out or Path("runs") / checked.file.name
-    steps = pipeline.plan(checked, folder, start_from, only)
+    steps = plan(checked, folder, start_from, only)
     if dry_run:
         _print_plan(steps, folder, machine.cores)
         return
     waiting = sum(step.runs for step in steps)
-    print(
-        f"galdist {galdist.__version__}: {checked.file.name} in {folder}: {waiting} of {len(steps)} steps to do"
-    )
+    count = f"{waiting} of {len(steps)} steps to do"
+    print(f"galdist {galdist.__version__}: {checked.file.name} in {folder}: {count}")
     again = _again(source, sets, site, only, out)
     try:
         with display.for_stream() as shown:
@@ -130,8 +135,8 @@ def run(
         _fail(f"{error}\n\nOnce mended, continue with: {again}", 1)
     except pipeline.Interrupted as error:
         _fail(f"{error}. What is done is kept. Continue with: {again}", error.exit_code)
-    _print_results(pipeline.results(folder), _ROWS, f"all of them: galdist show {folder}")
-    for report in pipeline.reports(folder):
+    _print_results(results(folder), _ROWS, f"all of them: galdist show {folder}")
+    for report in reports(folder):
         print(f"report: {report.absolute()}")
 
 
@@ -174,10 +179,10 @@ def list_all() -> None:
 @app.command()
 def status(folder: Folder) -> None:
     """Show the steps of a run: states, times, sizes, memory."""
-    from galdist import pipeline
+    from galdist.status import duration, holder, size_text, steps_of
 
-    steps = pipeline.status(folder)
-    who = pipeline.holder(folder)
+    steps = steps_of(folder)
+    who = holder(folder)
     print(f"{folder}: " + (f"in use by {who}" if who else "nobody works here"))
     _table(
         "",
@@ -187,9 +192,9 @@ def status(folder: Folder) -> None:
                 step.name,
                 step.stage,
                 step.state,
-                pipeline.duration(step.seconds) if step.seconds else "",
-                pipeline.size_text(step.bytes) if step.bytes else "",
-                pipeline.size_text(step.peak_memory) if step.peak_memory else "",
+                duration(step.seconds) if step.seconds else "",
+                size_text(step.bytes) if step.bytes else "",
+                size_text(step.peak_memory) if step.peak_memory else "",
                 step.detail,
             ]
             for step in steps
@@ -200,11 +205,11 @@ def status(folder: Folder) -> None:
 @app.command()
 def show(folder: Folder) -> None:
     """Show the results of a run."""
-    from galdist import pipeline
+    from galdist.status import reports, results, steps_of
 
-    pipeline.status(folder)  # says so where there is no run
-    _print_results(pipeline.results(folder), None, "")
-    for report in pipeline.reports(folder):
+    steps_of(folder)  # says so where there is no run
+    _print_results(results(folder), None, "")
+    for report in reports(folder):
         print(f"report: {report.absolute()}")
 
 
@@ -217,16 +222,16 @@ def show_config(source: Source, sets: Sets = None) -> None:
 
 
 def _print_plan(steps: "list[PlannedStep]", folder: Path, cores: int) -> None:
-    from galdist import pipeline
+    from galdist.status import duration
 
     rows = []
     for entry in steps:
         asked = entry.step.resources.model_dump(exclude_none=True, exclude={"ranks"})
         resources = ", ".join(f"{key} {value}" for key, value in asked.items())
-        time = "" if entry.expected is None or not entry.runs else pipeline.duration(entry.expected)
+        time = "" if entry.expected is None or not entry.runs else duration(entry.expected)
         rows.append(
             [
-                entry.step.name,
+                entry.name,
                 entry.step.stage,
                 "run" if entry.runs else "keep",
                 entry.why,
@@ -240,7 +245,7 @@ def _print_plan(steps: "list[PlannedStep]", folder: Path, cores: int) -> None:
     )
     waiting = [entry for entry in steps if entry.runs]
     known = [entry.expected for entry in waiting if entry.expected is not None]
-    about = f", about {pipeline.duration(sum(known))}" if waiting and len(known) == len(waiting) else ""
+    about = f", about {duration(sum(known))}" if waiting and len(known) == len(waiting) else ""
     print(f"{len(waiting)} of {len(steps)} steps would run{about}. Nothing was changed.")
 
 

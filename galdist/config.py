@@ -1,7 +1,7 @@
 """Run files: what may stand in them, and every mistake in them at once.
 
-`load` reads a run file (or one of the experiments that ship, by name), applies ``--set`` values, and checks all
-of it - structure, stages, their configurations, how the steps fit together - before anything starts.
+`load` reads a run file (or one of the experiments that ship, by name), applies ``--set`` values, and checks
+all of it - structure, stages, their configurations, how the steps fit together - before anything starts.
 """
 
 import heapq
@@ -29,8 +29,8 @@ EVERY_STEP = "*"  # as the value of a role: every step above this one
 class ExternalPath(PosixPath):
     """A file or folder that no step made. The pipeline notices when what is there changes.
 
-    In a run file: absolute, or relative to the working directory; ``~`` and variables such as ``$SCRATCH`` are
-    replaced.
+    In a run file: absolute, or relative to the working directory; ``~`` and variables such as ``$SCRATCH``
+    are replaced.
     """
 
     @classmethod
@@ -237,6 +237,9 @@ def _check(document: strict.Document, stages: Mapping[str, Stage]) -> Run:
         problems += wrong
         if config is not None:
             configs[step.name] = config
+        if stages[step.stage].runtime == "serial" and (step.resources.ranks or 1) > 1:
+            text = f"stage {step.stage} is one process: leave ranks out"
+            problems.append(Problem((*at, "resources", "ranks"), text))
     steps = _expand(steps)
     index_of = {str(entry.get("name")): index for index, entry in enumerate(raw) if isinstance(entry, dict)}
     problems += _check_inputs(steps, stages, index_of)

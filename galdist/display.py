@@ -6,7 +6,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from galdist.pipeline import RunView, StepView, duration
+from galdist.pipeline import RunView, StepView
+from galdist.status import duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

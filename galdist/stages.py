@@ -1,9 +1,9 @@
 """The stages a run file can name. Strings only: listing them imports nothing heavy.
 
-A stage is one function ``stage(config, inputs, out) -> None``. The annotation of ``config`` is its strict model
-(a `galdist.config.StrictModel`), ``inputs`` maps a role to the output folders of the steps named under it, and
-``out`` is the folder to fill. Roles end in nothing (exactly one step), ``?`` (none or one), ``+`` (one or
-more) or ``*`` (any number).
+A stage is one function ``stage(config, inputs, out) -> None``. The annotation of ``config`` is its strict
+model (a `galdist.config.StrictModel`), ``inputs`` maps a role to the output folders of the steps named
+under it, and ``out`` is the folder to fill. Roles end in nothing (exactly one step), ``?`` (none or one),
+``+`` (one or more) or ``*`` (any number).
 """
 
 import typing

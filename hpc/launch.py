@@ -1,8 +1,8 @@
 """Run a function as a job: `submit` starts it with the processes its runtime wants, a `Job` follows it.
 
 A function is named ``"module:function"`` and takes JSON-able keyword arguments, so a job can be started on
-any machine that has the same packages. Every rank runs under `hpc.rank`, which writes what became of it; a job
-with a dead rank ends at once and tells which one died first.
+any machine that has the same packages. Every rank runs under `hpc.rank`, which writes what became of it; a
+job with a dead rank ends at once and tells which one died first.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA
 class Failure:
     """How one rank ended that should not have."""
 
-    rank: int | None
-    """None: the launcher of the ranks itself (``mpirun``)."""
+    who: str
+    """``rank 1``, ``mpirun``; empty for the only rank."""
     reason: str
     log: Path
     time: float
 
     def __str__(self) -> str:
-        return f"{'the launcher' if self.rank is None else f'rank {self.rank}'} {self.reason}"
+        return f"{self.who}: {self.reason}" if self.who else self.reason
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Outcome:
     failures: tuple[Failure, ...] = ()
     """The one that caused the others first; empty for a job that did its work."""
     peak_memory: dict[str, int] = field(default_factory=dict)
-    """Largest resident memory [bytes] of ``rank 0``, ``rank 0 process 1`` (a Dask worker, say), ``rank 1`` ..."""
+    """Largest resident memory [bytes]: ``rank 0``, ``rank 0 process 1`` (a Dask worker, say), ``rank 1``."""
     hosts: tuple[str, ...] = ()
 
     def describe(self, n_lines: int = 15) -> str:
@@ -75,7 +75,7 @@ class Job(Protocol):
         """How the job ended; None while it runs. Never waits."""
 
     def cancel(self, grace: float = 5.0) -> None:
-        """Ask the processes to end (SIGTERM), kill after ``grace`` seconds what is left; all are gone after."""
+        """Ask the processes to end (SIGTERM), kill what is left after ``grace`` seconds."""
 
 
 def submit(
@@ -278,49 +278,48 @@ class _LocalJob:
         return len([report for report in reports if "ended" in report]) < self.ranks
 
     def _failures(self, reports: list[dict[str, Any]], codes: list[int | None]) -> tuple[Failure, ...]:
-        found = []
+        """Every rank that did not end well, the one that pulled the others down first."""
+        found = [
+            (
+                report["signal"] not in _CRASHES,
+                self._failure(report["rank"], _reason(report), report["ended"]),
+            )
+            for report in reports
+            if report.get("exit_code", 0) != 0
+        ]
         told = {report["rank"] for report in reports if "ended" in report}
-        for report in reports:
-            if report.get("exit_code", 0) != 0:
-                log = rank.log_path(self.folder, report["rank"])
-                crash = report["signal"] in _CRASHES
-                found.append((not crash, Failure(report["rank"], _reason(report), log, report["ended"])))
-        now = time.time()
-        if (
-            len(self.processes) == self.ranks
-        ):  # a process for each rank: its own end speaks where its report does not
-            for number, code in enumerate(codes):
-                if code and number not in told:
-                    how = {"exit_code": code, "signal": -code if code < 0 else None}
-                    found.append(
-                        (code > 0, Failure(number, _reason(how), rank.log_path(self.folder, number), now))
-                    )
+        silent = [number for number in range(self.ranks) if number not in told]
+        if len(self.processes) == self.ranks:  # each rank is our own child: we know how it ended
+            for number in silent:
+                code = codes[number] or 0
+                how = {"exit_code": code, "signal": -code if code < 0 else None}
+                found.append((code > 0, self._failure(number, _reason(how), time.time())))
         elif codes[0] is not None:
-            log = rank.log_path(self.folder, 0)
-            silent = sorted(set(range(self.ranks)) - told)
-            if silent and not found:
-                reason = f"(mpirun) ended with status {codes[0]} before rank {silent[0]} said how it ended"
-                found.append((True, Failure(None, reason, log, now)))
-            started = {report["rank"] for report in reports}
+            begun = {report["rank"] for report in reports}
             found += [
-                (True, Failure(number, "was killed", rank.log_path(self.folder, number), now))
+                (True, self._failure(number, "was killed", time.time()))
                 for number in silent
-                if number in started
+                if number in begun
             ]
-        if not found:
-            found.append((True, Failure(0, "ended without a word", rank.log_path(self.folder, 0), now)))
+            if not found:
+                reason = f"ended with exit code {codes[0]} before it started the ranks"
+                found = [(True, Failure("mpirun", reason, rank.log_path(self.folder, 0), time.time()))]
         # A crash pulls the others down within moments, so it goes before what they complained of.
         return tuple(failure for _, failure in sorted(found, key=lambda pair: (pair[0], pair[1].time)))
+
+    def _failure(self, number: int, reason: str, when: float) -> Failure:
+        who = f"rank {number}" if self.ranks > 1 else ""
+        return Failure(who, reason, rank.log_path(self.folder, number), when)
 
 
 def _reason(report: Mapping[str, Any]) -> str:
     if report.get("error"):
-        return f"failed: {report['error']}"
+        return str(report["error"])
     if report["signal"]:
         number = report["signal"]
         name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
         hint = ", by hand or by the system when memory ran out" if number == signal.SIGKILL else ""
-        return f"was killed by signal {number} ({name}{hint})"
+        return f"killed by signal {number} ({name}{hint})"
     return f"ended with exit code {report['exit_code']}"
 
 

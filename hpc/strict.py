@@ -175,8 +175,7 @@ def validate(
 def _words(detail: dict[str, Any], owner: type[BaseModel] | None) -> str:
     kind, message, given = detail["type"], str(detail["msg"]), detail["input"]
     if kind == "extra_forbidden":
-        known = [] if owner is None else [info.alias or name for name, info in owner.model_fields.items()]
-        return "unknown key" + nearest(str(detail["loc"][-1]), known)
+        return "unknown key" + nearest(str(detail["loc"][-1]), _keys(owner) if owner else ())
     if kind == "missing":
         return "missing"
     if kind == "value_error":
@@ -232,6 +231,13 @@ def _walk(
         elif here is Any:
             path.append(part)
     return tuple(path), owner, in_union
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    """Keys of a model, and of the models derived from it, one of which may stand in its place."""
+    return {info.alias or name for name, info in model.model_fields.items()}.union(
+        *(_keys(derived) for derived in model.__subclasses__())
+    )
 
 
 def _bare(annotation: Any) -> Any:
