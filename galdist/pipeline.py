@@ -32,6 +32,7 @@ from galdist.status import PLAN, duration, size_text, tree_size
 from hpc import durable, launch, progress
 from hpc.progress import Progress
 from hpc.site import Site
+from hpc.strict import Problem, SettingsError
 
 State = Literal["waiting", "running", "done", "kept", "failed", "blocked"]
 

@@ -20,15 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hpc import durable, mpi, progress, rank
+from hpc import cluster, durable, mpi, progress, rank
 from hpc.resources import Resources
 from hpc.site import Site
 
 Runtime = Literal["serial", "dask", "ddp", "mpi"]
 
 _LISTEN = 0.5  # seconds given to the other ranks, after the first failure, to tell theirs
+_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
+_LOOPBACK = {  # MPICH's ranks must not be reached from outside this machine, nor start on others
+    "HYDRA_LAUNCHER": "fork",
+    "HYDRA_IFACE": _INTERFACE,
+    "UCX_NET_DEVICES": _INTERFACE,
+}
 _CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+_THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMBA", "RAYON")]
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Job(Protocol):
     def poll(self) -> Outcome | None:
         """How the job ended; None while it runs. Never waits."""
 
-    def cancel(self, grace: float = 5.0) -> None:
+    def cancel(self, grace: float = 10.0) -> None:
         """Ask the processes to end (SIGTERM), kill what is left after ``grace`` seconds."""
 
 
@@ -137,7 +143,7 @@ class _Finished:
     def poll(self) -> Outcome | None:
         return self.outcome
 
-    def cancel(self, grace: float = 5.0) -> None:
+    def cancel(self, grace: float = 10.0) -> None:
         """Nothing runs."""
 
 
@@ -208,15 +214,14 @@ class _LocalJob:
 
     def _environment(self, resources: Resources, site: Site) -> dict[str, str]:
         threads = str(resources.cpus or max(1, site.cores // self.ranks))
-        loopback = "lo" if sys.platform == "linux" else "lo0"
+        memory = {} if resources.memory is None else {cluster.MEMORY_VARIABLE: str(resources.memory)}
         return {
             **os.environ,
             **dict.fromkeys(_THREADS, threads),
             "PYTHONPATH": os.pathsep.join(_own_paths()),
-            "HYDRA_LAUNCHER": "fork",
-            "HYDRA_IFACE": loopback,
-            "GLOO_SOCKET_IFNAME": loopback,
+            **_LOOPBACK,
             **site.environment,
+            **memory,
             mpi.VARIABLE: str(self.ranks),
             rank.JOB_VARIABLE: self.token,
         }
@@ -256,10 +261,10 @@ class _LocalJob:
         )
         return self._outcome
 
-    def cancel(self, grace: float = 5.0) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
+    def cancel(self, grace: float = 10.0) -> None:
+        for report in self._reports():  # not to mpirun, which would kill the ranks instead of asking them
+            if "ended" not in report and rank.is_alive(report):
+                os.kill(report["pid"], signal.SIGTERM)
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline and any(process.poll() is None for process in self.processes):
             time.sleep(0.05)
