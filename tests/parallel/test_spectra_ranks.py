@@ -1,6 +1,8 @@
 """Spectra on real ranks: 1, 2 and 4 give the same, and what they give is right."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ import pytest
 from galdist.grids.store import Field, SimulationAttrs, create_store
 from galdist.statistics.metrics import load_metrics
 from galdist.statistics.spectra import SpectraConfig, load_spectra, spectra
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import pylians
 
 pytest.importorskip("nbodykit", reason="nbodykit is not installed: run `make setup`")
 
@@ -241,6 +246,38 @@ def test_lognormal_catalog_recovers_its_input(mpirun, ranks):
     assert np.abs(pull).max() < 4
     assert 0.2 < np.mean(pull**2) < 2
     assert np.abs(pull.mean()) < 3 / np.sqrt(pull.size)
+
+
+def power_in_bins_of_pylians(field, scheme):
+    """Bins from n to n + 1 fundamental modes, lower edges included."""
+    from nbodykit.algorithms.fftpower import FFTPower
+
+    from galdist.statistics.spectra import field_mesh
+
+    fundamental = 2 * np.pi / BOX
+    mesh = field_mesh(field.__getitem__, len(field), BOX, scheme)
+    result = FFTPower(mesh, mode="1d", dk=fundamental, kmin=(1 - 1e-6) * fundamental)
+    return result.power["k"], result.power["power"].real, result.power["modes"]
+
+
+@pytest.mark.parametrize("scheme", ["ngp", "cic", "tsc"])
+def test_pylians_measures_the_same_power(mpirun, scheme):
+    field = np.random.default_rng(5).gamma(0.3, 2.0, (64,) * 3).astype(np.float32)
+    code = """
+import Pk_library
+delta = arguments["field"] / arguments["field"].mean(dtype="f8") - 1
+found = Pk_library.Pk(delta.astype("f4"), float(arguments["box"]), 0, str(arguments["scheme"]), 1, False)
+results.update(k=found.k3D, power=found.Pk[:, 0], modes=found.Nmodes3D)
+"""
+    try:
+        theirs = pylians.run(code, field=field, box=BOX, scheme=scheme.upper())
+    except pylians.PyliansMissing as missing:
+        pytest.skip(str(missing))
+    k, power, modes = mpirun(2, power_in_bins_of_pylians, field, scheme)[0]
+    inside = slice(0, 30)  # the bins without modes on the Nyquist planes
+    np.testing.assert_array_equal(2 * theirs["modes"][inside], modes[inside])  # they count k and -k once
+    np.testing.assert_allclose(theirs["k"][inside], k[inside], rtol=1e-5)
+    np.testing.assert_allclose(theirs["power"][inside], power[inside], rtol=1e-4)
 
 
 def load_with_nbodykit(files):
