@@ -5,6 +5,7 @@ The launcher of the ranks sets ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTE
 """
 
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import os
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Stopped(SystemExit):
@@ -138,6 +141,8 @@ def group() -> Iterator[Group]:
         rank = int(os.environ["RANK"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = _device(local_rank)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if world_size == 1:
         yield Group(0, 1, 0, device)
         return
@@ -198,6 +203,18 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what is freed instead of giving it back to the system (glibc; others ignore it).
+
+    On CPUs every activation is an allocation of megabytes. Given back and taken again it is a page fault every
+    4 KiB, 20,000 of them in a small training step, which costs 10 to 15% of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _is_loopback(address: str) -> bool:

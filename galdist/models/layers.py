@@ -89,7 +89,8 @@ class RecurrentResidualBlock(nn.Module):
         self.strength = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x: Tensor, periodic: bool) -> Tensor:
-        x = self.project(x)
+        # Channels last is twice as fast on CPUs; a mesh of one channel does not say which order it has.
+        x = self.project(x).contiguous(memory_format=torch.channels_last_3d)
         return torch.addcmul(x, self.second(self.first(x, periodic), periodic), self.strength.to(x.dtype))
 
     def reach(self) -> int:

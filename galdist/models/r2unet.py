@@ -51,7 +51,7 @@ class R2UNet(nn.Module):
         )
         self.expand = nn.ModuleList(nn.ConvTranspose3d(coarse, fine, 2, stride=2) for fine, coarse in pairs)
         self.up = nn.ModuleList(RecurrentResidualBlock(2 * fine, fine, recurrence) for fine, _ in pairs)
-        self.head = nn.Conv3d(channels[0], n_out, 1)
+        self.head = nn.Linear(channels[0], n_out)
         self.alignment = 2 ** len(pairs)
 
     @property
@@ -69,7 +69,6 @@ class R2UNet(nn.Module):
 
         Beyond its faces the mesh continues with itself where it is ``periodic``, else with zeros.
         """
-        x = x.contiguous(memory_format=torch.channels_last_3d)
         skips: list[Tensor] = []
         for level, block in enumerate(self.down):
             x = block(x if level == 0 else F.max_pool3d(x, 2), periodic)
@@ -79,7 +78,8 @@ class R2UNet(nn.Module):
             x = block(torch.cat([expand(x), skips.pop()], 1), periodic)
         with torch.autocast(x.device.type, enabled=False):
             # Eight bits are too few for log-odds near a threshold.
-            output: Tensor = self.head(x.float())
+            # As a linear map of the last axis it keeps the memory order of its input, in its gradient too.
+            output: Tensor = self.head(x.movedim(1, -1).float()).movedim(-1, 1)
             return output
 
 
@@ -206,7 +206,6 @@ class R2UNetClassifier(_Voxels):
         odds = self.nonempty_fraction / (1 - self.nonempty_fraction) * self.config.positive_weight
         with torch.no_grad():
             self.network.head.weight.mul_(0.1)  # starts from the class balance alone
-            assert self.network.head.bias is not None
             self.network.head.bias.fill_(odds.log().item())
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
