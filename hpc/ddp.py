@@ -208,8 +208,8 @@ def _device(local_rank: int) -> torch.device:
 def _keep_freed_memory() -> None:
     """Let the C library keep what is freed instead of giving it back to the system (glibc; others ignore it).
 
-    On CPUs every activation is an allocation of megabytes. Given back and taken again it is a page fault every
-    4 KiB, 20,000 of them in a small training step, which costs 10 to 15% of its time.
+    On CPUs every activation is an allocation of megabytes. Given back and taken again it is a page fault
+    every 4 KiB, 20,000 of them in a small training step, which costs 10 to 15% of its time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
