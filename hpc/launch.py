@@ -179,7 +179,8 @@ class _LocalJob:
         site: Site,
     ) -> None:
         self.folder, self.runtime = folder, runtime
-        self.ranks = resources.ranks or 1
+        self.size = resources.ranks or 1
+        self.ranks = self.size if runtime in ("ddp", "mpi") else 1  # Dask's workers start below the only rank
         self.token = uuid.uuid4().hex
         self.processes: list[subprocess.Popen[bytes]] = []
         self._outcome: Outcome | None = None
@@ -213,7 +214,7 @@ class _LocalJob:
             self._start(command, environment)
 
     def _environment(self, resources: Resources, site: Site) -> dict[str, str]:
-        threads = str(resources.cpus or max(1, site.cores // self.ranks))
+        threads = str(resources.cpus or max(1, site.cores // self.size))
         memory = {} if resources.memory is None else {cluster.MEMORY_VARIABLE: str(resources.memory)}
         return {
             **os.environ,
@@ -222,7 +223,7 @@ class _LocalJob:
             **_LOOPBACK,
             **site.environment,
             **memory,
-            mpi.VARIABLE: str(self.ranks),
+            mpi.VARIABLE: str(self.size),
             rank.JOB_VARIABLE: self.token,
         }
 
@@ -285,31 +286,25 @@ class _LocalJob:
     def _failures(self, reports: list[dict[str, Any]], codes: list[int | None]) -> tuple[Failure, ...]:
         """Every rank that did not end well, the one that pulled the others down first."""
         found = [
-            (
-                report["signal"] not in _CRASHES,
-                self._failure(report["rank"], _reason(report), report["ended"]),
-            )
+            (_order(report), self._failure(report["rank"], _reason(report), report["ended"]))
             for report in reports
             if report.get("exit_code", 0) != 0
         ]
-        told = {report["rank"] for report in reports if "ended" in report}
-        silent = [number for number in range(self.ranks) if number not in told]
         if len(self.processes) == self.ranks:  # each rank is our own child: we know how it ended
-            for number in silent:
-                code = codes[number] or 0
-                how = {"exit_code": code, "signal": -code if code < 0 else None}
-                found.append((code > 0, self._failure(number, _reason(how), time.time())))
-        elif codes[0] is not None:
-            begun = {report["rank"] for report in reports}
+            told = {report["rank"] for report in reports if "ended" in report}
+            for number, code in enumerate(codes):
+                if code is not None and number not in told:
+                    how = {"exit_code": code, "signal": -code if code < 0 else None}
+                    found.append((_order(how), self._failure(number, _reason(how), time.time())))
+        else:
             found += [
-                (True, self._failure(number, "was killed", time.time()))
-                for number in silent
-                if number in begun
+                (1, self._failure(report["rank"], "was killed", time.time()))
+                for report in reports
+                if "ended" not in report and not rank.is_alive(report)
             ]
-            if not found:
+            if not found and codes[0] is not None:
                 reason = f"ended with exit code {codes[0]} before it started the ranks"
-                found = [(True, Failure("mpirun", reason, rank.log_path(self.folder, 0), time.time()))]
-        # A crash pulls the others down within moments, so it goes before what they complained of.
+                found = [(1, Failure("mpirun", reason, rank.log_path(self.folder, 0), time.time()))]
         return tuple(failure for _, failure in sorted(found, key=lambda pair: (pair[0], pair[1].time)))
 
     def _failure(self, number: int, reason: str, when: float) -> Failure:
@@ -317,7 +312,16 @@ class _LocalJob:
         return Failure(who, reason, rank.log_path(self.folder, number), when)
 
 
+def _order(report: Mapping[str, Any]) -> int:
+    """Likely causes first: a crash pulls the others down within moments, and some are only told to stop."""
+    if "told_to_stop" in report:
+        return 2
+    return 0 if report["signal"] in _CRASHES else 1
+
+
 def _reason(report: Mapping[str, Any]) -> str:
+    if "told_to_stop" in report:
+        return f"was told to stop ({signal.Signals(report['told_to_stop']).name})"
     if report.get("error"):
         return str(report["error"])
     if report["signal"]:

@@ -56,10 +56,11 @@ def report(done: float, total: float, note: str = "") -> None:
     if path is None:
         return
     state = _now.setdefault(path, Progress())
+    force = done >= total or note != state.note or not state.first_time
     state.done, state.total, state.note, state.time = float(done), float(total), note, time.time()
     if not state.first_time:
         state.first_done, state.first_time = state.done, state.time
-    _write(path, state, force=done >= total)
+    _write(path, state, force)
 
 
 def link(name: str, address: str) -> None:

@@ -28,7 +28,7 @@ from hpc import durable, mpi, progress
 
 JOB_VARIABLE = "HPC_JOB"  # marks every process of a job, however it was started and whoever its parent is
 _MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT)
 _INTERVAL = 0.25  # seconds between looks at the orchestrator
 _SAMPLE = 1.0  # seconds between looks at the memory
 _PR_SET_PDEATHSIG = 1
@@ -209,6 +209,7 @@ class _Supervisor:
 
     def _forward_signals(self) -> None:
         def forward(number: int, frame: object) -> None:
+            self.entry.setdefault("told_to_stop", number)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.child, number)
 

@@ -35,8 +35,8 @@ class Resources(StrictModel):
     """What one job asks for. Absent values are the stage's or the machine's own.
 
     On one machine ``ranks`` and ``cpus`` decide how many processes run with how many threads each, and
-    ``memory`` is what the Dask workers share; ``nodes``, ``gpus`` and ``time`` are requests to a scheduler, and
-    where there is none nobody is asked.
+    ``memory`` is what the Dask workers share; ``nodes``, ``gpus`` and ``time`` are requests to a scheduler,
+    and where there is none nobody is asked.
     """
 
     ranks: Annotated[int, Field(ge=1)] | None = None

@@ -1,0 +1,399 @@
+"""Jobs: what ranks see, how they end, what is said of it, and that nothing stays behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hpc import durable, launch, rank
+from hpc.launch import Outcome
+from hpc.resources import Resources
+from hpc.site import Site
+
+HERE = "test_launch"
+
+
+# What the jobs run.
+
+
+def write_environment(out: str) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HPC_WORLD_SIZE")
+    seen = {name: os.environ.get(name) for name in (*names, "OMP_NUM_THREADS", "HPC_PROGRESS")}
+    durable.write_json(Path(out) / f"seen-{os.environ.get('RANK', '0')}.json", seen)
+
+
+def write_world(out: str) -> None:
+    from hpc import mpi
+
+    world = mpi.world()
+    total = world.allreduce(world.rank + 1)
+    listening = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    durable.write_json(Path(out) / f"world-{world.rank}.json", [world.size, total, listening])
+    world.barrier()
+
+
+def allocate(megabytes: int) -> None:
+    block = bytearray(megabytes * 10**6)
+    block[::4096] = b"x" * len(block[::4096])
+
+
+def allocate_below(megabytes: int) -> None:
+    code = (
+        f"import time; b = bytearray({megabytes * 10**6}); b[::4096] = b'x' * len(b[::4096]); time.sleep(3)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def sleep_with_children(n: int = 2) -> None:
+    """Sleeps, as do children of its own, one of them cut loose from the process group."""
+    for number in range(n):
+        subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=number % 2 == 1
+        )
+    time.sleep(300)
+
+
+def ignore_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(300)
+
+
+def save_at_the_end(out: str) -> None:
+    def save(number: int, frame: object) -> None:
+        durable.write_text(Path(out) / f"saved-{os.environ['RANK']}.txt", "saved")
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    time.sleep(300)
+
+
+def mpi_wait(out: str, dead: int) -> None:
+    """Rank ``dead`` waits outside, the others in a barrier, busy in C."""
+    from hpc import mpi
+
+    world = mpi.world()
+    if world.rank != dead:
+        world.barrier()
+    time.sleep(300)
+
+
+def mpi_fail(dead: int) -> None:
+    from hpc import mpi
+
+    world = mpi.world()
+    world.barrier()
+    if world.rank == dead:
+        raise ValueError("groups_090.hdf5: GroupPos is missing")
+    world.barrier()
+
+
+# Helpers.
+
+
+def wait(job: launch.Job, timeout: float = 60) -> Outcome:
+    deadline = time.monotonic() + timeout
+    while (outcome := job.poll()) is None:
+        assert time.monotonic() < deadline, "the job does not end"
+        time.sleep(0.02)
+    return outcome
+
+
+def reports(folder: Path, n: int, timeout: float = 30) -> list[dict[str, Any]]:
+    """What the ranks of a job said at their start, once all have."""
+    deadline = time.monotonic() + timeout
+    paths = [rank.report_path(folder, number) for number in range(n)]
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, "the ranks do not start"
+        time.sleep(0.02)
+    return [durable.read_json(path) for path in paths]
+
+
+def of_job(token: str) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if rank._belongs(process, token)]
+
+
+def token(folder: Path) -> str:
+    return str(durable.read_json(folder / ".job" / "spec.json")["token"])
+
+
+def until(condition: Any, timeout: float = 10) -> bool:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+# What ranks see.
+
+
+@pytest.mark.parametrize("runtime", ["serial", "dask"])
+def test_one_process_that_knows_how_many_workers(runtime: launch.Runtime, tmp_path: Path) -> None:
+    job = launch.submit(
+        f"{HERE}:write_environment",
+        {"out": str(tmp_path)},
+        tmp_path,
+        runtime,
+        Resources(ranks=2),
+        Site(cpus=8),
+    )
+    assert wait(job).describe() == "done"
+    seen = durable.read_json(tmp_path / "seen-0.json")
+    assert (seen["HPC_WORLD_SIZE"], seen["OMP_NUM_THREADS"]) == ("2", "4")
+    assert seen["HPC_PROGRESS"] == str(tmp_path / "progress.json")
+
+
+def test_ddp_ranks(tmp_path: Path) -> None:
+    job = launch.submit(
+        f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", Resources(ranks=3), Site(cpus=6)
+    )
+    assert wait(job).describe() == "done"
+    seen = [durable.read_json(tmp_path / f"seen-{number}.json") for number in range(3)]
+    assert [s["RANK"] for s in seen] == [s["LOCAL_RANK"] for s in seen] == ["0", "1", "2"]
+    assert {(s["WORLD_SIZE"], s["HPC_WORLD_SIZE"], s["OMP_NUM_THREADS"]) for s in seen} == {("3", "3", "2")}
+    assert {s["MASTER_ADDR"] for s in seen} == {"127.0.0.1"}
+    assert len({s["MASTER_PORT"] for s in seen}) == 1
+    assert [s["HPC_PROGRESS"] is None for s in seen] == [False, True, True], "rank 0 alone reports"
+
+
+def test_cores_of_a_rank_are_its_threads(tmp_path: Path) -> None:
+    resources = Resources(ranks=2, cpus=3)
+    job = launch.submit(
+        f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", resources, Site(cpus=64)
+    )
+    wait(job)
+    assert durable.read_json(tmp_path / "seen-1.json")["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_mpi_ranks(n: int, tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    job = launch.submit(
+        f"{HERE}:write_world", {"out": str(tmp_path)}, tmp_path, "mpi", Resources(ranks=n), Site(cpus=4)
+    )
+    assert wait(job).describe() == "done"
+    for number in range(n):
+        size, total, listening = durable.read_json(tmp_path / f"world-{number}.json")
+        assert (size, total) == (n, n * (n + 1) // 2)
+        assert set(listening) <= {"127.0.0.1", "::1"}, "only this machine reaches the ranks"
+
+
+def test_debug_runs_in_this_process(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    job = launch.submit(
+        f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", site=Site(launcher="debug")
+    )
+    assert job.poll() == Outcome(hosts=(rank.identity()["host"],))
+    assert durable.read_json(tmp_path / "seen-0.json")["HPC_WORLD_SIZE"] == "1"
+    assert dict(os.environ) == before
+    with pytest.raises(ValueError, match="PartType1"):
+        launch.submit(f"{HERE}:fail", {"how": "raise", "on": 0}, tmp_path, site=Site(launcher="debug"))
+
+
+def test_environment_of_the_site(tmp_path: Path) -> None:
+    site = Site(environment={"OMP_NUM_THREADS": "11"})
+    wait(launch.submit(f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, site=site))
+    assert durable.read_json(tmp_path / "seen-0.json")["OMP_NUM_THREADS"] == "11"
+
+
+def test_peak_memory_of_every_process(tmp_path: Path) -> None:
+    outcome = wait(launch.submit(f"{HERE}:allocate", {"megabytes": 200}, tmp_path / "own"))
+    assert 200e6 < outcome.peak_memory["rank 0"] < 300e6
+    outcome = wait(launch.submit(f"{HERE}:allocate_below", {"megabytes": 200}, tmp_path / "below"))
+    assert outcome.peak_memory["rank 0"] < 100e6
+    assert 200e6 < outcome.peak_memory["rank 0 process 1"] < 300e6
+
+
+# How ranks end.
+
+
+def fail(how: str, on: int) -> None:
+    import small_stages
+
+    small_stages.fail(small_stages.FailConfig(how=how, rank=on), {}, Path())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raise", "ValueError: snapshot.hdf5: PartType1/Coordinates is missing"),
+        ("exit", "SystemExit: 7"),
+        ("segfault", "killed by signal 11 (SIGSEGV)"),
+        ("unraisable", "ended with exit code 3"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others_and_is_named(how: str, said: str, tmp_path: Path) -> None:
+    job = launch.submit(
+        f"{HERE}:fail", {"how": how, "on": 1}, tmp_path, "ddp", Resources(ranks=2), Site(cpus=2)
+    )
+    started = time.monotonic()
+    outcome = wait(job)
+    assert time.monotonic() - started < 15, "the other rank would sleep for a minute"
+    assert str(outcome.failures[0]) == f"rank 1: {said}"
+    assert "| this is rank 1" in outcome.describe(), "its own log is shown"
+    assert "this is rank 0" not in outcome.describe()
+    assert of_job(token(tmp_path)) == []
+
+
+def test_one_rank_has_no_number(tmp_path: Path) -> None:
+    outcome = wait(launch.submit(f"{HERE}:fail", {"how": "raise", "on": 0}, tmp_path))
+    assert str(outcome.failures[0]).startswith("ValueError: snapshot.hdf5")
+    assert "hpc/rank.py" not in outcome.describe(), "the traceback begins with the job's own code"
+
+
+@pytest.mark.parametrize("which", ["child", "pid"])
+def test_a_killed_mpi_rank_ends_the_others(which: str, tmp_path: Path) -> None:
+    """Whichever of a rank's two processes it hits."""
+    pytest.importorskip("mpi4py")
+    job = launch.submit(
+        f"{HERE}:mpi_wait", {"out": str(tmp_path), "dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site()
+    )
+    ranks = reports(tmp_path, 2)
+    time.sleep(0.5)
+    os.kill(ranks[1][which], signal.SIGKILL)
+    started = time.monotonic()
+    outcome = wait(job)
+    assert time.monotonic() - started < 10
+    if which == "child":
+        assert str(outcome.failures[0]).startswith("rank 1: killed by signal 9 (SIGKILL")
+    else:
+        assert "rank 1: was killed" in [str(failure) for failure in outcome.failures]
+    assert of_job(token(tmp_path)) == []
+
+
+def test_an_mpi_rank_that_raises_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    job = launch.submit(f"{HERE}:mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site())
+    assert str(wait(job).failures[0]) == "rank 1: ValueError: groups_090.hdf5: GroupPos is missing"
+
+
+def test_a_launcher_that_starts_nothing(tmp_path: Path) -> None:
+    broken = tmp_path / "mpirun"
+    broken.write_text("#!/bin/sh\necho no slots available\nexit 4\n")
+    broken.chmod(0o755)
+    job = launch.submit(
+        f"{HERE}:mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site(mpirun=broken)
+    )
+    outcome = wait(job)
+    assert str(outcome.failures[0]) == "mpirun: ended with exit code 4 before it started the ranks"
+    assert "| no slots available" in outcome.describe()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a launcher of another kind of MPI")
+def test_ranks_that_do_not_know_their_number(tmp_path: Path) -> None:
+    """A launcher whose ranks would all believe to be rank 0 of 1."""
+    foreign = tmp_path / "mpirun"
+    foreign.write_text('#!/bin/sh\nshift 2\n"$@" & "$@"; wait $!\n')
+    foreign.chmod(0o755)
+    job = launch.submit(
+        f"{HERE}:mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site(mpirun=foreign)
+    )
+    outcome = wait(job)
+    assert "unknown kind of MPI" in outcome.describe()
+
+
+# How jobs are ended.
+
+
+@pytest.mark.parametrize("runtime", ["serial", "mpi"])
+def test_cancel_ends_every_process(runtime: launch.Runtime, tmp_path: Path) -> None:
+    job = launch.submit(f"{HERE}:sleep_with_children", {}, tmp_path, runtime, Resources(ranks=2), Site())
+    n_ranks = 1 if runtime == "serial" else 2
+    assert until(lambda: len(of_job(token(tmp_path))) >= n_ranks * 4)
+    job.cancel()
+    assert of_job(token(tmp_path)) == []
+
+
+def test_cancel_lets_ranks_save(tmp_path: Path) -> None:
+    job = launch.submit(
+        f"{HERE}:save_at_the_end", {"out": str(tmp_path)}, tmp_path, "ddp", Resources(ranks=2)
+    )
+    reports(tmp_path, 2)
+    time.sleep(1)
+    job.cancel()
+    assert [(tmp_path / f"saved-{number}.txt").exists() for number in range(2)] == [True, True]
+
+
+def test_cancel_kills_what_does_not_listen(tmp_path: Path) -> None:
+    job = launch.submit(f"{HERE}:ignore_signals", {}, tmp_path)
+    reports(tmp_path, 1)
+    time.sleep(0.5)
+    job.cancel(grace=0.5)
+    assert of_job(token(tmp_path)) == []
+
+
+ORCHESTRATOR = """
+import sys, time
+sys.path[:0] = {path!r}
+from pathlib import Path
+from hpc import launch
+from hpc.resources import Resources
+job = launch.submit({function!r}, {arguments!r}, Path({folder!r}), {runtime!r}, Resources(ranks=2))
+while True:
+    job.poll()
+    time.sleep(0.05)
+"""
+
+
+def orchestrate(
+    function: str, arguments: dict[str, Any], folder: Path, runtime: str
+) -> subprocess.Popen[bytes]:
+    code = ORCHESTRATOR.format(
+        path=sys.path, function=function, arguments=arguments, folder=str(folder), runtime=runtime
+    )
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize(
+    ("runtime", "function", "arguments", "n_ranks"),
+    [
+        ("serial", f"{HERE}:sleep_with_children", {}, 1),
+        ("ddp", f"{HERE}:sleep_with_children", {}, 2),
+        ("mpi", f"{HERE}:mpi_wait", {"out": "", "dead": 1}, 2),
+    ],
+)
+def test_a_killed_orchestrator_takes_its_job_along(
+    runtime: str, function: str, arguments: dict[str, Any], n_ranks: int, tmp_path: Path
+) -> None:
+    orchestrator = orchestrate(function, arguments, tmp_path, runtime)
+    try:
+        reports(tmp_path, n_ranks)
+        time.sleep(0.7)
+        assert len(of_job(token(tmp_path))) >= 2 * n_ranks
+    finally:
+        orchestrator.kill()  # and it is not waited for: a zombie is dead too
+    assert until(lambda: of_job(token(tmp_path)) == [], timeout=5)
+    orchestrator.wait()
+
+
+def test_leftovers_are_ended_before_a_new_job(tmp_path: Path) -> None:
+    """Supervisors that cannot act (stopped here) do not keep the next job from its folder."""
+    orchestrator = orchestrate(f"{HERE}:sleep_with_children", {}, tmp_path, "serial")
+    supervisor = psutil.Process(reports(tmp_path, 1)[0]["pid"])
+    supervisor.suspend()
+    orchestrator.kill()
+    orchestrator.wait()
+    old = token(tmp_path)
+    assert of_job(old)
+    wait(launch.submit(f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path))
+    assert of_job(old) == []
+
+
+def test_ports_are_free_and_below_the_ephemeral_range() -> None:
+    import socket
+
+    port = launch.free_port()
+    assert 20000 <= port < 32000
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))

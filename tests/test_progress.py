@@ -1,0 +1,70 @@
+"""Progress travels by file, costs little, and tells the time left."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc import progress
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "progress.json"
+    monkeypatch.setenv(progress.VARIABLE, "")  # is put back afterwards
+    progress.start(path)
+    return path
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(progress.VARIABLE, raising=False)
+    progress.report(1, 2)
+    progress.link("dashboard", "http://127.0.0.1:1/status")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_report_and_links_are_read(file: Path) -> None:
+    assert progress.read(file) is None
+    progress.link("dashboard", "http://127.0.0.1:1/status")
+    progress.report(3, 3, "chunks")
+    found = progress.read(file)
+    assert found is not None
+    assert (found.done, found.total, found.note) == (3, 3, "chunks")
+    assert found.links == {"dashboard": "http://127.0.0.1:1/status"}
+
+
+def test_reports_of_an_inner_loop_are_not_all_written(file: Path) -> None:
+    progress.report(0, 10**6)
+    before = file.stat().st_mtime_ns
+    started = time.perf_counter()
+    for number in range(1, 2000):
+        progress.report(number, 10**6)
+    assert time.perf_counter() - started < 1.0
+    assert file.stat().st_mtime_ns - before < 1e9
+    progress.report(10**6, 10**6)
+    found = progress.read(file)
+    assert found is not None
+    assert found.done == 10**6, "the last one is always written"
+
+
+def test_time_left_counts_only_what_this_job_did() -> None:
+    """A job that continues at 80 of 100 and does 5 more in 10 s needs 30 s more, not 1.8 s."""
+    now = time.time()
+    state = progress.Progress(done=85, total=100, time=now, first_done=80, first_time=now - 10)
+    assert state.seconds_left == pytest.approx(30, abs=0.5)
+    assert progress.Progress(done=80, total=100, time=now, first_done=80, first_time=now).seconds_left is None
+
+
+def test_a_second_job_starts_from_zero(file: Path) -> None:
+    progress.report(5, 5, "first")
+    progress.start(file)
+    progress.report(0, 7, "second")
+    found = progress.read(file)
+    assert found is not None
+    assert found.first_done == 0
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"progress\.json is not a progress file"):
+        progress.read(tmp_path / "progress.json")
