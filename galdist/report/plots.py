@@ -1,0 +1,423 @@
+"""Figures of a run: arrays in, matplotlib Axes out.
+
+Truth, matter, halo occupation and every prediction keep their colors, markers and line styles in all figures.
+The colors are those of Okabe & Ito (2008), which people with any color vision tell apart; line styles and
+markers say the same once more, for gray prints. Legends stand outside the data. `on_dark` recolors a figure.
+"""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike, NDArray
+
+PANEL = (3.4, 3.0)
+"""Width and height of one panel [inches]: as wide as a column of a journal page."""
+
+Quantity = Literal["overdensity", "counts", "probability"]
+
+K_LABEL = r"$k\ \ [h\,\mathrm{Mpc}^{-1}]$"
+LENGTH_UNIT = r"[$h^{-1}\,\mathrm{Mpc}$]"
+
+
+GROUND, INK, MUTED = "#ffffff", "#111111", "#6b6b6b"
+MATTER, HOD = "#9a9a9a", "#d55e00"
+PREDICTIONS = ("#0072b2", "#009e73", "#cc79a7", "#b8860b")
+
+_ON_DARK = {
+    INK: "#ececec",
+    MUTED: "#a0a0a0",
+    MATTER: "#8a8a8a",
+    HOD: "#ff9a4d",
+    **dict(zip(PREDICTIONS, ("#56b4e9", "#2fc79b", "#e3a0c8", "#f0e442"), strict=True)),
+}
+
+
+class Look(NamedTuple):
+    """How one field is drawn, everywhere."""
+
+    name: str
+    color: str
+    line: str
+    marker: str
+
+
+class Palette:
+    """Looks of the fields of a run, by label: ``truth``, ``matter``, a prediction's step, ``step:field``.
+
+    Parameters
+    ----------
+    predictions
+        steps that predict, in the order of the run.
+    hods
+        those of them that are halo occupation models.
+    """
+
+    def __init__(self, predictions: Sequence[str] = (), hods: Sequence[str] = ()) -> None:
+        self._looks = {
+            "truth": Look("truth", INK, "-", "o"),
+            "matter": Look("matter", MATTER, "-", ""),
+        }
+        learned = zip(itertools.cycle(PREDICTIONS), itertools.cycle("s^Dv"), strict=False)
+        occupations = itertools.cycle("Xp")
+        for step in predictions:
+            if step in hods:
+                self._looks[step] = Look(step, HOD, "--", next(occupations))
+            else:
+                color, marker = next(learned)
+                self._looks[step] = Look(step, color, "-", marker)
+
+    def __getitem__(self, label: str) -> Look:
+        """The look of ``label``; a further field of a step (``step:field``) has no marker."""
+        step, _, field = label.partition(":")
+        look = self._looks[step]
+        if not field:
+            return look
+        line = ":" if field.startswith("expected") else "-."
+        return look._replace(name=f"{step}: {field.replace('_', ' ')}", line=line, marker="")
+
+
+class Curve(NamedTuple):
+    """A measured function of k: values and one standard deviation, both (n_bins,); NaN where undefined."""
+
+    value: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib settings of every figure; make and save figures inside it."""
+    settings: dict[Any, Any] = {
+        "font.family": "STIXGeneral",
+        "mathtext.fontset": "stix",
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "legend.fontsize": 8.5,
+        "axes.linewidth": 0.7,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 3.5,
+        "xtick.direction": "in",
+        "ytick.direction": "in",
+        "xtick.top": True,
+        "ytick.right": True,
+        "legend.frameon": False,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "savefig.dpi": 200,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "galdist",
+        "pdf.fonttype": 42,
+        "text.parse_math": True,
+        **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def figure(columns: int = 1, rows: int = 1, panel: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
+    """A figure of ``rows x columns`` panels, without any global state, and its Axes, row by row."""
+    created = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+    return created, list(created.subplots(rows, columns, squeeze=False).flat)
+
+
+def on_dark(svg: str) -> str:
+    """An SVG file made in this style, in the colors for dark ground. Its images stay as they are."""
+    return re.sub("|".join(_ON_DARK), lambda found: _ON_DARK[found[0]], svg)
+
+
+def sign(drawn: Figure, caption: str) -> None:
+    """Write below the figure, small, which run made it."""
+    drawn.supxlabel(plain(caption), fontsize=5.5, color=MUTED, x=0.005, ha="left")
+
+
+def plain(text: str) -> str:
+    """``text`` for matplotlib, letter by letter: dollar signs do not start a formula."""
+    return text.replace("$", r"\$")
+
+
+def plot_slice(
+    ax: Axes,
+    image: ArrayLike,
+    box_size: float,
+    quantity: Quantity,
+    title: str = "",
+    vmax: float | None = None,
+    unit: str = "galaxies",
+) -> None:
+    """A projected slab of a box as an image with its color bar.
+
+    Parameters
+    ----------
+    image : (n_y, n_x)
+        ``overdensity``: density over mean density (log scale); ``counts``: sum along each column (log
+        scale, none is black); ``probability``: the highest of each column.
+    box_size
+        side of the box [Mpc/h].
+    vmax
+        upper end of the scale, the same for all images that are to be compared; None: the image's maximum.
+    unit
+        what is counted.
+    """
+    image = np.asarray(image, float)
+    vmax = float(image.max()) if vmax is None else vmax
+    norm: Normalize
+    if quantity == "overdensity":
+        norm, color_map, label = LogNorm(0.1, max(vmax, 1.0), clip=True), "magma", r"$1 + \delta$"
+    elif quantity == "counts":
+        # Most columns hold none or one, a cluster holds many. None is black, one stands out against it.
+        norm, color_map, label = LogNorm(0.5, max(vmax, 2.0)), "viridis", f"{plain(unit)} per column"
+    else:
+        norm, color_map, label = Normalize(0, 1), "viridis", "highest probability in column"
+    shown = ax.imshow(
+        image,
+        origin="lower",
+        extent=(0, box_size, 0, box_size),
+        norm=norm,
+        cmap=mpl.colormaps[color_map].with_extremes(under="black", bad="black"),
+        interpolation="nearest",
+        interpolation_stage="data",
+    )
+    ax.set(title=plain(title), xlabel=f"$x$ {LENGTH_UNIT}", ylabel=f"$y$ {LENGTH_UNIT}")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.tick_params(direction="out", top=False, right=False)
+    # As wide as the image, whatever room the layout gives to both.
+    bar = ax.figure.colorbar(
+        shown,
+        cax=ax.inset_axes((0, -0.27, 1, 0.045)),
+        orientation="horizontal",
+        label=label,
+        extend="max" if image.max() > vmax else "neither",
+    )
+    bar.outline.set_linewidth(0.5)
+    if quantity != "probability":
+        _decimal_ticks(bar.ax.xaxis, float(norm.vmax or 1) / float(norm.vmin or 1))
+
+
+def plot_loss(ax: Axes, epoch: ArrayLike, losses: Mapping[str, ArrayLike]) -> None:
+    """Losses of each epoch, by name (``training``, ``validation``); log scale where they span much."""
+    _epochs(ax, epoch, losses)
+    values = np.concatenate([np.asarray(loss, float) for loss in losses.values()])
+    low, high = np.nanmin(values), np.nanmax(values)
+    if low > 0 and high > 6 * low:  # on less, a logarithmic axis would have too few ticks
+        ax.set_yscale("log")
+        _decimal_ticks(ax.yaxis, high / low)
+    ax.set_ylabel("loss")
+
+
+def plot_scores(ax: Axes, epoch: ArrayLike, scores: Mapping[str, ArrayLike]) -> None:
+    """Scores between 0 and 1 of each epoch, by name (accuracy, recall, precision, PR-AUC)."""
+    _epochs(ax, epoch, scores)
+    ax.set(ylabel="score on validation boxes", ylim=(-0.03, 1.03))
+
+
+def plot_metric(ax: Axes, epoch: ArrayLike, metric: Mapping[str, ArrayLike]) -> None:
+    """Any one number of each epoch, by name."""
+    _epochs(ax, epoch, metric)
+    ax.set_ylabel(plain(next(iter(metric))))
+
+
+def plot_throughput(ax: Axes, epoch: ArrayLike, speed: Mapping[str, ArrayLike]) -> None:
+    """Training speed of each epoch, and the fraction of the time in which it waited for data (right axis).
+
+    ``speed`` holds the two, in this order.
+    """
+    samples_per_second, waiting = speed.values()
+    _epochs(ax, epoch, {"samples/s": samples_per_second})
+    ax.set(ylabel="samples per second", ylim=(0, None))
+    wait = ax.twinx()
+    ax.tick_params(right=False)
+    wait.plot(epoch, 100 * np.asarray(waiting, float), ":", color=HOD, label="waiting for data")
+    wait.set(ylabel="time waiting for data [%]", ylim=(0, None))
+    if wait.get_ylim()[1] < 10:
+        wait.set_ylim(0, 10)
+    handles = [*ax.lines, *wait.lines]
+    _legend(ax, handles)
+
+
+def plot_power(
+    ax: Axes,
+    k: ArrayLike,
+    powers: Mapping[str, Curve],
+    palette: Palette,
+    nyquist: float,
+    shot_noise: Mapping[str, ArrayLike] | None = None,
+    boxes: Mapping[str, Sequence[ArrayLike]] | None = None,
+) -> None:
+    """Power spectra [(Mpc/h)^3] of fields, by label, shot noise included; bands are one standard deviation.
+
+    Parameters
+    ----------
+    k : (n_bins,) mean wavenumber of each bin [h/Mpc].
+    nyquist
+        Nyquist wavenumber of the mesh [h/Mpc]; the axis ends there.
+    shot_noise
+        what shot noise adds to each bin, by label: dash-dotted.
+    boxes
+        powers of single boxes where ``powers`` is a mean over them, by label: thin.
+    """
+    _curves(ax, k, powers, palette, nyquist, boxes, positive=True)
+    for label, noise in (shot_noise or {}).items():
+        ax.plot(
+            k,
+            noise,
+            linestyle=(0, (6, 2, 1, 2)),
+            color=palette[label].color,
+            linewidth=0.9,
+            label=f"shot noise, {plain(palette[label].name)}",
+        )
+    ax.set(yscale="log", ylabel=r"$P(k)\ \ [h^{-3}\,\mathrm{Mpc}^{3}]$")
+    _legend(ax)
+
+
+def plot_correlation(
+    ax: Axes,
+    k: ArrayLike,
+    correlations: Mapping[str, Curve],
+    palette: Palette,
+    nyquist: float,
+    boxes: Mapping[str, Sequence[ArrayLike]] | None = None,
+) -> None:
+    """Cross-correlation coefficients r(k) with the truth; parameters as in `plot_power`."""
+    ax.axhline(1, color=MUTED, linewidth=0.7)
+    _curves(ax, k, correlations, palette, nyquist, boxes)
+    low = min(
+        (np.nanmin(c.value - c.error) for c in correlations.values() if np.isfinite(c.value).any()), default=0
+    )
+    ax.set(ylabel=r"$r(k)$ with truth", ylim=(max(-1.05, min(-0.03, low - 0.05)), 1.06))
+    _legend(ax)
+
+
+def plot_transfer(
+    ax: Axes,
+    k: ArrayLike,
+    transfers: Mapping[str, Curve],
+    palette: Palette,
+    nyquist: float,
+    boxes: Mapping[str, Sequence[ArrayLike]] | None = None,
+) -> None:
+    """Transfer functions T(k) = sqrt(P / P_truth); parameters as in `plot_power`."""
+    ax.axhline(1, color=MUTED, linewidth=0.7)
+    _curves(ax, k, transfers, palette, nyquist, boxes)
+    ax.set(ylabel=r"$T(k) = [P(k)\,/\,P_\mathrm{truth}(k)]^{1/2}$")
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(0, min(low, 0.8)), max(high, 1.2))
+    _legend(ax)
+
+
+def _curves(
+    ax: Axes,
+    k: ArrayLike,
+    curves: Mapping[str, Curve],
+    palette: Palette,
+    nyquist: float,
+    boxes: Mapping[str, Sequence[ArrayLike]] | None,
+    positive: bool = False,
+) -> None:
+    k = np.asarray(k, float)
+    for label, (value, error) in curves.items():
+        look = palette[label]
+        for box in (boxes or {}).get(label, ()):
+            ax.plot(k, box, color=look.color, linestyle=look.line, linewidth=0.5, alpha=0.45)
+        lower = np.maximum(value - error, value / 10) if positive else value - error
+        ax.fill_between(k, lower, value + error, color=look.color, alpha=0.18, linewidth=0)
+        ax.plot(
+            k,
+            value,
+            color=look.color,
+            linestyle=look.line,
+            marker=look.marker,
+            markevery=_markers(k),
+            label=plain(look.name),
+        )
+    ax.set(xscale="log", xlabel=K_LABEL, xlim=(k[0] * 0.92, nyquist * 1.3))
+    ax.axvspan(nyquist, 2 * nyquist, color=MUTED, alpha=0.12, linewidth=0)
+    ax.annotate(
+        r"$k_\mathrm{Nyquist}$",
+        (nyquist, 0),
+        (2, 3),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        rotation=90,
+        fontsize=8,
+        color=MUTED,
+    )
+    _decimal_ticks(ax.xaxis, nyquist / k[0])
+
+
+def _markers(k: NDArray[np.float64]) -> list[int]:
+    """About 12 bins, evenly spread on a logarithmic axis: markers on all of them would hide the line."""
+    wanted = np.geomspace(k[0], k[-1], 12)
+    return sorted({int(np.abs(np.log(k / one)).argmin()) for one in wanted})
+
+
+def _epochs(ax: Axes, epoch: ArrayLike, lines: Mapping[str, ArrayLike]) -> None:
+    epoch = np.asarray(epoch, float)
+    colors = (INK, PREDICTIONS[0], HOD, PREDICTIONS[1])
+    for (name, values), color, dash in zip(
+        lines.items(), itertools.cycle(colors), itertools.cycle(("-", "--", "-.", ":"))
+    ):
+        values = np.asarray(values, float)
+        # A line of one epoch has no length: show the point.
+        ax.plot(
+            epoch,
+            values,
+            color=color,
+            linestyle=dash,
+            label=plain(name),
+            marker="o" if epoch.size < 3 else "",
+        )
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(lines) > 1:
+        _legend(ax)
+
+
+def _legend(ax: Axes, handles: Sequence[object] | None = None) -> None:
+    """The legend above the Axes, where no data are, in as many columns as fit."""
+    found, labels = ax.get_legend_handles_labels()
+    if handles is not None:
+        found = list(handles)  # type: ignore[arg-type]
+        labels = [str(handle.get_label()) for handle in found]
+    if not found:
+        return
+    # Characters and handles in inches; a legend wider than its Axes would squeeze them.
+    widths = [0.055 * len(label) + 0.42 for label in labels]
+    columns = next(
+        n
+        for n in range(len(found), 0, -1)
+        if n == 1
+        or sum(
+            max(widths[c * -(-len(found) // n) : (c + 1) * -(-len(found) // n)], default=0) for c in range(n)
+        )
+        < 2.9
+    )
+    ax.legend(
+        found,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        handlelength=2.2,
+        columnspacing=1.2,
+        borderaxespad=0.3,
+    )
+
+
+def _decimal_ticks(axis: Axis, span: float) -> None:
+    """Tick a logarithmic axis that spans a factor ``span`` at decimals: powers of ten alone are too few."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

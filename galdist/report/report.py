@@ -1,0 +1,629 @@
+"""Stage ``report``: one self-contained HTML page of what a run did and found, and its figures for papers.
+
+It reads what the steps saved and computes nothing beyond drawing. A step is known by its files:
+``history.jsonl`` is a training, ``prediction.zarr`` a prediction, ``spectra.json`` spectra, ``metrics.json``
+goes into the table of results. What a run does not have is left out of its page.
+"""
+
+import base64
+import io
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import PositiveFloat, PositiveInt
+
+from galdist import __version__, status
+from galdist.config import StrictModel
+from galdist.grids.store import GridStore, SimulationGrids, open_store
+from galdist.run import Run, Step, open_run
+from galdist.statistics.metrics import Confusion, MetricRow
+from galdist.statistics.spectra import MATTER, TRUTH, load_spectra
+from hpc import durable, progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from galdist.report.plots import Curve, Palette, Quantity
+
+FILE = "report.html"
+FIGURES = "figures"
+
+_LINKS = {
+    "dask-report.html": "Dask dashboard",
+    "log.txt": "log",
+    "config.yaml": "configuration",
+    "provenance.json": "provenance",
+}
+_LOSSES = {"train_loss": "training", "validation_loss": "validation"}
+_SCORES = {"accuracy": "accuracy", "recall": "recall", "precision": "precision", "pr_auc": "PR-AUC"}
+_SPEED = ("samples_per_second", "data_wait_fraction")
+_CONFUSION = ("true_positives", "false_positives", "true_negatives", "false_negatives")
+_NOT_DRAWN = {"epoch", "seconds", "learning_rate", "threshold", *_LOSSES, *_SCORES, *_SPEED, *_CONFUSION}
+
+
+class ReportConfig(StrictModel):
+    """What the page shows."""
+
+    title: str | None = None
+    """Heading of the page; null: the name of the run."""
+    boxes: PositiveInt = 2
+    """How many of the predicted boxes are shown as slices."""
+    slab: PositiveFloat = 5.0
+    """Thickness of the slices [Mpc/h]; they lie in the middle of the box."""
+
+
+def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
+    """Write ``report.html`` and ``figures/*.{pdf,png}`` of the run with the steps ``inputs["steps"]``.
+
+    Raises
+    ------
+    galdist.run.RunError
+        where ``out`` does not lie in a run folder, or a file of a step is not what it should be.
+    """
+    run = open_run(out.parent)
+    given = {path.name for path in inputs["steps"]} - {out.name}
+    steps = [step for step in run.steps.values() if step.name in given]
+    stores = {step.name: open_store(step.path / "grids.zarr") for step in steps if step.has("grids.zarr")}
+    predictions = {
+        step.name: open_store(step.path / "prediction.zarr") for step in steps if step.has("prediction.zarr")
+    }
+    artist = _Artist(run, out, predictions, [step.name for step in steps if step.stage == "hod"])
+
+    sections = []
+    for number, (title, draw) in enumerate(
+        (
+            ("Boxes", partial(_slices, artist, config, steps, stores, predictions)),
+            ("Spectra", partial(_spectra, artist, steps, stores)),
+            ("Training", partial(_training, artist, steps)),
+        )
+    ):
+        progress.report(number, 4, title)
+        if blocks := draw():
+            sections.append({"title": title, "id": title.lower(), "blocks": blocks})
+
+    progress.report(3, 4, "page")
+    simulations = {name for store in (*stores.values(), *predictions.values()) for name in store}
+    results = _results(steps, simulations)
+    page = _environment().get_template("template.html").render(
+        title=config.title or run.name,
+        run=run,
+        version=__version__,
+        summary=_summary(steps),
+        headlines=_headlines(results, predictions),
+        steps=[_step_row(step, steps) for step in steps],
+        sections=sections,
+        confusions=_confusions(results, predictions),
+        results=results,
+        versions=_versions(steps),
+    )  # fmt: skip
+    durable.write_text(out / FILE, page)
+    progress.report(4, 4)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        duration=status.duration, size=status.size_text, moment=_moment, number=_number
+    )
+    return environment
+
+
+# Figures
+
+
+class _Panel(NamedTuple):
+    """One picture of the page, one panel of a figure for papers."""
+
+    draw: "Callable[[Axes, Palette], None]"
+    alt: str
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A picture as data URIs for light and for dark ground."""
+
+    light: str
+    dark: str
+    alt: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pictures that belong together: a figure of the page and its files for papers."""
+
+    title: str
+    caption: str
+    images: list[_Image]
+    files: list[str]
+
+
+class _Artist:
+    """Draws panels twice for the page (light, dark) and once for papers."""
+
+    def __init__(self, run: Run, out: Path, predictions: Iterable[str], hods: Sequence[str]) -> None:
+        from galdist.report import plots
+
+        self.run, self.out, self.hods = run, out, set(hods)
+        (out / FIGURES).mkdir(parents=True, exist_ok=True)
+        self.palette = plots.Palette(list(predictions), hods)
+
+    def block(
+        self,
+        name: str,
+        title: str,
+        caption: str,
+        panels: Sequence[_Panel],
+        sources: Iterable[Step],
+        size: tuple[float, float] | None = None,
+        columns: int = 3,
+    ) -> _Block:
+        """Draw ``panels`` into files called ``name``; ``sources`` are the steps whose results they show."""
+        from galdist.report import plots
+
+        size = size or plots.PANEL
+        made_by = ", ".join(
+            f"{step.name} {_short(step.provenance.get('fingerprint'))}".strip() for step in sources
+        )
+        origin = f"Run {self.run.name}; {made_by}."
+        images = [_image(panel, self.palette, size) for panel in panels]
+        columns = min(columns, len(panels))
+        rows = math.ceil(len(panels) / columns)
+        with plots.style():
+            drawn, axes = plots.figure(columns, rows, size)
+            for ax in axes[len(panels) :]:
+                ax.remove()
+            for ax, panel in zip(axes, panels, strict=False):
+                panel.draw(ax, self.palette)
+            plots.sign(drawn, f"galdist {__version__}. {origin}")
+            about = {"Title": title, "Creator": f"galdist {__version__}"}
+            for suffix, extra in (
+                (".pdf", {"Subject": f"{caption} {origin}", "CreationDate": None}),
+                (".png", {"Description": f"{caption} {origin}"}),
+            ):
+                path = self.out / FIGURES / f"{name}{suffix}"
+                with durable.atomic_path(path) as temporary:
+                    drawn.savefig(
+                        temporary,
+                        format=suffix[1:],
+                        metadata=about | extra,
+                        facecolor=plots.GROUND if suffix == ".png" else "none",
+                    )
+        files = [f"{FIGURES}/{name}{suffix}" for suffix in (".pdf", ".png")]
+        return _Block(title, f"{caption} {origin}", images, files)
+
+
+def _image(panel: _Panel, palette: "Palette", size: tuple[float, float]) -> _Image:
+    from galdist.report import plots
+
+    with plots.style():
+        drawn, axes = plots.figure(panel=size)
+        panel.draw(axes[0], palette)
+        file = io.StringIO()
+        drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    light, dark = (
+        "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+        for svg in (file.getvalue(), plots.on_dark(file.getvalue()))
+    )
+    return _Image(light, dark, panel.alt, width=round(96 * size[0]), height=round(96 * size[1]))
+
+
+# Boxes
+
+
+class _Layer(NamedTuple):
+    """A field of a box that is shown as a slice."""
+
+    title: str
+    grids: SimulationGrids
+    field: str
+    quantity: "Quantity"
+
+
+def _slices(
+    artist: _Artist,
+    config: ReportConfig,
+    steps: Sequence[Step],
+    stores: Mapping[str, GridStore],
+    predictions: Mapping[str, GridStore],
+) -> list[_Block]:
+    """Input, truth and predictions of the first predicted boxes (of the first test boxes where none is)."""
+    by_name = {step.name: step for step in steps}
+    predicted = {name for store in predictions.values() for name in store}
+    boxes = [
+        (step, name)
+        for step, store in stores.items()
+        for name in store
+        if (name in predicted if predicted else store[name].attrs.split == "test")
+    ]
+    blocks = []
+    for number, (step, name) in enumerate(boxes[: config.boxes], start=1):
+        grids = stores[step][name]
+        holders = {label: store[name] for label, store in predictions.items() if name in store}
+        layers = _layers(grids, holders, artist.hods)
+        planes, low, high = _slab(grids, config.slab)
+        images = {layer.title: _project(layer, planes) for layer in layers}
+        scale = max(
+            (float(images[layer.title].max()) for layer in layers if layer.title == TRUTH), default=None
+        )
+        where = f"z = {low:.3g} to {high:.3g} Mpc/h of the {grids.attrs.box_size:g} Mpc/h box {name}"
+        panels = [
+            _Panel(
+                partial(_draw_slice, layer, images[layer.title], scale),
+                f"Map of {layer.title} ({_words(layer.field)}) in the slab {where}"
+                + (f": {images[layer.title].sum():.0f} in all." if layer.quantity == "counts" else "."),
+            )
+            for layer in layers
+        ]
+        what = _words(layers[0].field).capitalize() if layers else "Fields"
+        caption = f"{what} and what is predicted from it, projected through {where}."
+        used = [by_name[step], *(by_name[label] for label in holders)]
+        blocks.append(
+            artist.block(f"slices-{number}", name, caption, panels, used, size=(2.7, 3.3), columns=4)
+        )
+    return blocks
+
+
+def _layers(
+    grids: SimulationGrids, predictions: Mapping[str, SimulationGrids], hods: Iterable[str]
+) -> list[_Layer]:
+    scalars = [field for field in grids.fields if grids.field(field).components == 1]
+    targets = [field for field in scalars if any(field in found.fields for found in predictions.values())]
+    targets = targets or [field for field in scalars if field == "galaxy_counts"]
+    matter = [field for field in scalars if field.startswith("matter")]
+    layers = [_Layer(MATTER, grids, field, "overdensity") for field in matter[:1]]
+    layers += [_Layer(TRUTH, grids, field, "counts") for field in targets[:1]]
+    further = []
+    for label, found in sorted(predictions.items(), key=lambda item: item[0] in hods):
+        for field in found.fields:
+            if found.field(field).components != 1:
+                continue
+            if field in targets[:1]:
+                layers.append(_Layer(label, found, field, "counts"))
+            else:
+                quantity: Quantity = "probability" if field.endswith("probability") else "counts"
+                further.append(_Layer(f"{label}: {_words(field)}", found, field, quantity))
+    return layers + further
+
+
+def _slab(grids: SimulationGrids, thickness: float) -> tuple[slice, float, float]:
+    """Planes of the middle of the box, and the z range they fill [Mpc/h]."""
+    cells = min(max(1, round(thickness / grids.cell_size)), grids.n_mesh)
+    start = (grids.n_mesh - cells) // 2
+    return slice(start, start + cells), start * grids.cell_size, (start + cells) * grids.cell_size
+
+
+def _project(layer: _Layer, planes: slice) -> NDArray[np.float64]:
+    """The slab as an image: sums of counts, highest of probabilities, densities over the box's mean."""
+    values = layer.grids.read(layer.field, planes).astype(np.float64)
+    if layer.quantity == "counts":
+        return values.sum(axis=0)
+    if layer.quantity == "probability":
+        return values.max(axis=0)
+    # By planes: a large box does not fit into memory.
+    mean = np.mean(
+        [layer.grids.read(layer.field, plane).mean(dtype=np.float64) for plane in range(layer.grids.n_mesh)]
+    )
+    return values.mean(axis=0) / (mean or 1.0)
+
+
+def _draw_slice(
+    layer: _Layer, image: NDArray[np.float64], counts_max: float | None, ax: "Axes", palette: "Palette"
+) -> None:
+    from galdist.report import plots
+
+    units = layer.grids.field(layer.field).units
+    plots.plot_slice(
+        ax,
+        image,
+        layer.grids.attrs.box_size,
+        layer.quantity,
+        title=layer.title,
+        vmax=counts_max if layer.quantity == "counts" else None,
+        unit=f"{_words(layer.field)} [{units}]" if units else "galaxies",
+    )
+
+
+# Training
+
+
+def _training(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
+    """Curves of every step that trained."""
+    from galdist.report import plots
+
+    blocks = []
+    for step in steps:
+        history = step.history if step.has("history.jsonl") else []
+        if not history:
+            continue
+        columns = {
+            key: np.array([math.nan if row.get(key) is None else row[key] for row in history], float)
+            for key in dict.fromkeys(key for row in history for key in row)
+            if all(isinstance(row.get(key), (int, float, type(None))) for row in history)
+        }
+        epoch = columns["epoch"] + 1
+        panels: list[_Panel] = []
+
+        def add(
+            names: Mapping[str, str],
+            what: str,
+            draw: "Callable[[Axes, NDArray[np.float64], dict[str, NDArray[np.float64]]], None]",
+            columns: Mapping[str, NDArray[np.float64]] = columns,
+            epoch: NDArray[np.float64] = epoch,
+            panels: list[_Panel] = panels,
+            step: Step = step,
+        ) -> None:
+            found = {name: columns[key] for key, name in names.items() if key in columns}
+            if found:
+                last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in found.items())
+                panels.append(
+                    _Panel(
+                        lambda ax, palette: draw(ax, epoch, found),
+                        f"{what} of {step.name} against epoch; after {epoch.size} epochs: {last}.",
+                    )
+                )
+
+        add(_LOSSES, "Loss", plots.plot_loss)
+        add(_SCORES, "Scores on validation boxes", plots.plot_scores)
+        for key in columns:
+            if key not in _NOT_DRAWN:
+                add({key: _words(key)}, _words(key).capitalize(), plots.plot_metric)
+        if all(key in columns for key in _SPEED):
+            add(
+                {_SPEED[0]: "samples per second", _SPEED[1]: "fraction of time waiting for data"},
+                "Speed",
+                plots.plot_throughput,
+            )
+        caption = f"Training of {step.name}: {epoch.size} epochs."
+        blocks.append(artist.block(f"training-{step.name}", step.name, caption, panels, [step]))
+    return blocks
+
+
+# Spectra
+
+
+def _spectra(artist: _Artist, steps: Sequence[Step], stores: Mapping[str, GridStore]) -> list[_Block]:
+    """P(k), r(k) and T(k) of every step with spectra: boxes of one suite and mesh together, as their mean."""
+    suites = {name: store[name].attrs.suite for store in stores.values() for name in store}
+    blocks = []
+    for step in steps:
+        if not step.has("spectra.json"):
+            continue
+        groups: dict[tuple[Any, ...], dict[str, Any]] = defaultdict(dict)
+        for name, measured in load_spectra(step.path)["simulations"].items():
+            mesh = measured["box_size"], measured["n_mesh"], measured["redshift"]
+            groups[suites.get(name, ""), *mesh][name] = measured
+        for number, ((suite, box_size, n_mesh, redshift), boxes) in enumerate(groups.items(), start=1):
+            names = ", ".join(boxes) if len(boxes) <= 4 else f"{len(boxes)} boxes"
+            caption = (
+                f"Power spectrum, cross-correlation with the truth and transfer function of {names} "
+                f"({box_size:g} Mpc/h, {n_mesh}³ cells, z = {redshift:.2g}), shot noise included. "
+                "Bands: one standard deviation for Gaussian modes"
+                + (
+                    f", of the mean over {len(boxes)} boxes; thin lines: single boxes."
+                    if len(boxes) > 1
+                    else "."
+                )
+            )
+            title = " ".join(filter(None, [suite, f"z = {redshift:.2g}"]))
+            name = f"{step.name}-{number}" if len(groups) > 1 else step.name
+            blocks.append(artist.block(name, title, caption, _spectra_panels(list(boxes.values())), [step]))
+    return blocks
+
+
+def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
+    from galdist.report import plots
+
+    k, nyquist = boxes[0]["k"], boxes[0]["nyquist"]
+    powers, single_powers = _curves(boxes, "fields", "power")
+    noises, _ = _curves(boxes, "fields", "shot_noise_power")
+    correlations, single_correlations = _curves(boxes, "cross", "r")
+    transfers, single_transfers = _curves(boxes, "cross", "transfer")
+    # The matter's r says how hard the task is; its T (the inverse bias) would only stretch the axis. Mean
+    # fields and probabilities (`step:field`) have less power than galaxies have: what counts is their r.
+    transfers = {label: curve for label, curve in transfers.items() if label != MATTER and ":" not in label}
+    powers = {label: curve for label, curve in powers.items() if ":" not in label}
+    panels = [
+        _Panel(
+            lambda ax, palette: plots.plot_power(
+                ax, k, powers, palette, nyquist, {TRUTH: noises[TRUTH].value}, single_powers
+            ),
+            f"Power spectra against wavenumber. {_ends(k, powers, '(Mpc/h)^3')}",
+        )
+    ]
+    if correlations:
+        panels.append(
+            _Panel(
+                lambda ax, palette: plots.plot_correlation(
+                    ax, k, correlations, palette, nyquist, single_correlations
+                ),
+                f"Cross-correlation coefficient r(k) with the truth. {_ends(k, correlations)}",
+            )
+        )
+    if transfers:
+        panels.append(
+            _Panel(
+                lambda ax, palette: plots.plot_transfer(ax, k, transfers, palette, nyquist, single_transfers),
+                f"Transfer function T(k). {_ends(k, transfers)}",
+            )
+        )
+    return panels
+
+
+def _curves(
+    boxes: list[dict[str, Any]], group: str, key: str
+) -> "tuple[dict[str, Curve], dict[str, list[NDArray[np.float64]]]]":
+    """Mean over boxes with its error, by label; single boxes where there are several."""
+    from galdist.report.plots import Curve
+
+    labels = [label for label in boxes[0][group] if all(label in box[group] for box in boxes)]
+    means, single = {}, {}
+    for label in labels:
+        values = [box[group][label][key] for box in boxes]
+        nothing = np.zeros_like(values[0])
+        errors = [box[group][label].get(f"{key}_error", nothing) for box in boxes]
+        means[label] = Curve(np.mean(values, axis=0), np.sqrt(np.sum(np.square(errors), axis=0)) / len(boxes))
+        single[label] = values if len(boxes) > 1 else []
+    return means, single
+
+
+def _ends(k: NDArray[np.float64], curves: "Mapping[str, Curve]", unit: str = "") -> str:
+    """Values at both ends, in words."""
+    texts = []
+    for label, (value, _) in curves.items():
+        good = np.flatnonzero(np.isfinite(value))
+        if good.size:
+            first, last = good[0], good[-1]
+            texts.append(
+                f"{label}: {value[first]:.3g} at k = {k[first]:.2g}, {value[last]:.3g} at {k[last]:.2g} h/Mpc"
+            )
+    return "; ".join(texts) + (f", in {unit}." if unit else ".")
+
+
+# Tables
+
+
+def _summary(steps: Sequence[Step]) -> dict[str, Any]:
+    records = [step.provenance for step in steps]
+
+    def each(key: str) -> list[str]:
+        return list(dict.fromkeys(str(record[key]) for record in records if record.get(key) is not None))
+
+    return {
+        "started": min(each("started"), default=None),
+        "finished": max(each("finished"), default=None),
+        "seconds": sum(record.get("seconds") or 0 for record in records),
+        "hosts": each("host"),
+        "platforms": each("platform"),
+        "commits": each("git_commit"),
+        "seeds": each("seed"),
+        "processes": max((record.get("ranks") or 1 for record in records), default=1),
+        "memory": max((_peak(record) for record in records), default=0),
+    }
+
+
+def _step_row(step: Step, steps: Sequence[Step]) -> dict[str, Any]:
+    record = step.provenance
+    longest = max((other.provenance.get("seconds") or 0 for other in steps), default=0)
+    return {
+        "name": step.name,
+        "stage": step.stage,
+        "state": step.state,
+        "record": record,
+        "share": 100 * (record.get("seconds") or 0) / longest if longest else 0,
+        "memory": _peak(record),
+        "memories": ", ".join(
+            f"{label}: {status.size_text(size)}" for label, size in record.get("peak_memory", {}).items()
+        ),
+        "links": {label: f"../{step.name}/{file}" for file, label in _LINKS.items() if step.has(file)},
+    }
+
+
+def _peak(record: Mapping[str, Any]) -> int:
+    return max((record.get("peak_memory") or {}).values(), default=0)
+
+
+def _versions(steps: Sequence[Step]) -> dict[str, dict[str, list[str]]]:
+    """Package -> version -> steps that ran with it."""
+    versions: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for step in steps:
+        for package, version in (step.provenance.get("versions") or {}).items():
+            versions[package][str(version)].append(step.name)
+    return {package: dict(found) for package, found in sorted(versions.items())}
+
+
+def _results(steps: Sequence[Step], simulations: set[str]) -> list[dict[str, Any]]:
+    """Rows of the table of results. ``box``: the row is of one of several boxes of its step."""
+    rows = []
+    for step in steps:
+        found = step.metrics
+        several = len({row["sample"] for row in found}) > 1
+        rows += [
+            {"step": step.name, **row, "box": several and row["sample"] in simulations, "text": _value(row)}
+            for row in found
+        ]
+    return rows
+
+
+def _confusions(results: Sequence[Mapping[str, Any]], predictions: Iterable[str]) -> list[dict[str, Any]]:
+    """Confusions of predictions, each over all of its boxes."""
+    samples: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in results:
+        if row["step"] in predictions and not row["box"]:
+            samples[row["step"], row["sample"]][row["metric"]] = row["value"]
+    return [
+        {
+            "step": step,
+            "sample": "all boxes" if sample == "all" else sample,
+            "confusion": Confusion(*(int(values[name]) for name in _CONFUSION)),
+            "threshold": values.get("threshold"),
+        }
+        for (step, sample), values in samples.items()
+        if all(name in values for name in _CONFUSION)
+    ]
+
+
+def _headlines(
+    results: Sequence[Mapping[str, Any]], predictions: Mapping[str, GridStore]
+) -> list[dict[str, str]]:
+    """What a reader looks for first: recall and accuracy of predictions, r of each with the truth."""
+    found = []
+    for row in results:
+        correlation = re.fullmatch(r"r/([^:/]+)/k(.+)", row["metric"])
+        if row["box"]:
+            continue
+        if row["step"] in predictions and row["metric"] in ("recall", "accuracy"):
+            found.append({"label": f"{row['metric']}, {row['step']}", "text": row["text"]})
+        elif correlation and correlation[1] in predictions:
+            band = correlation[2].replace("-", " to ")
+            label = f"r of {correlation[1]} with truth, k = {band} h/Mpc"
+            found.append({"label": label, "text": row["text"]})
+    return found
+
+
+# Words
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _short(fingerprint: Any) -> str:
+    return str(fingerprint or "")[:8]
+
+
+def _value(row: MetricRow) -> str:
+    """Value and error, as far as their digits mean something."""
+    value, error = row["value"], row["error"]
+    if error is None or error <= 0:
+        return _number(value)
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _number(value: float) -> str:
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}".replace(",", "\u202f")
+    return f"{value:.4g}"
+
+
+def _moment(when: str) -> str:
+    """An ISO time, to the second, as it was recorded."""
+    return datetime.fromisoformat(when).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
