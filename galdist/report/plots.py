@@ -236,7 +236,7 @@ def plot_throughput(ax: Axes, epoch: ArrayLike, speed: Mapping[str, ArrayLike]) 
     """
     samples_per_second, waiting = speed.values()
     _epochs(ax, epoch, {"samples/s": samples_per_second})
-    ax.set(ylabel="samples per second", ylim=(0, None))
+    ax.set(ylabel="samples per second", ylim=(0, 1.15 * np.nanmax(np.asarray(samples_per_second, float))))
     wait = ax.twinx()
     ax.tick_params(right=False)
     wait.plot(epoch, 100 * np.asarray(waiting, float), ":", color=HOD, label="waiting for data")
@@ -245,6 +245,11 @@ def plot_throughput(ax: Axes, epoch: ArrayLike, speed: Mapping[str, ArrayLike]) 
         wait.set_ylim(0, 10)
     handles = [*ax.lines, *wait.lines]
     _legend(ax, handles)
+
+
+def mark_epoch(ax: Axes, epoch: float) -> None:
+    """Mark the epoch whose weights were kept."""
+    ax.axvline(epoch, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
 
 
 def plot_power(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from pydantic import PositiveFloat, PositiveInt
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
     from galdist.report.plots import Curve, Palette, Quantity
 
+_DrawEpochs = Callable[["Axes", NDArray[np.float64], dict[str, NDArray[np.float64]]], None]
+
 FILE = "report.html"
 FIGURES = "figures"
 
@@ -46,7 +49,10 @@ _LINKS = {
 }
 _LOSSES = {"train_loss": "training", "validation_loss": "validation"}
 _SCORES = {"accuracy": "accuracy", "recall": "recall", "precision": "precision", "pr_auc": "PR-AUC"}
-_SPEED = ("samples_per_second", "data_wait_fraction")
+_SPEED = {
+    "samples_per_second": "samples per second",
+    "data_wait_fraction": "fraction of time waiting for data",
+}
 _CONFUSION = ("true_positives", "false_positives", "true_negatives", "false_negatives")
 _NOT_DRAWN = {"epoch", "seconds", "learning_rate", "threshold", *_LOSSES, *_SCORES, *_SPEED, *_CONFUSION}
 
@@ -346,54 +352,53 @@ def _draw_slice(
 
 def _training(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
     """Curves of every step that trained."""
-    from galdist.report import plots
-
     blocks = []
     for step in steps:
         history = step.history if step.has("history.jsonl") else []
         if not history:
             continue
-        columns = {
-            key: np.array([math.nan if row.get(key) is None else row[key] for row in history], float)
-            for key in dict.fromkeys(key for row in history for key in row)
-            if all(isinstance(row.get(key), (int, float, type(None))) for row in history)
-        }
-        epoch = columns["epoch"] + 1
-        panels: list[_Panel] = []
-
-        def add(
-            names: Mapping[str, str],
-            what: str,
-            draw: "Callable[[Axes, NDArray[np.float64], dict[str, NDArray[np.float64]]], None]",
-            columns: Mapping[str, NDArray[np.float64]] = columns,
-            epoch: NDArray[np.float64] = epoch,
-            panels: list[_Panel] = panels,
-            step: Step = step,
-        ) -> None:
-            found = {name: columns[key] for key, name in names.items() if key in columns}
-            if found:
-                last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in found.items())
-                panels.append(
-                    _Panel(
-                        lambda ax, palette: draw(ax, epoch, found),
-                        f"{what} of {step.name} against epoch; after {epoch.size} epochs: {last}.",
-                    )
-                )
-
-        add(_LOSSES, "Loss", plots.plot_loss)
-        add(_SCORES, "Scores on validation boxes", plots.plot_scores)
-        for key in columns:
-            if key not in _NOT_DRAWN:
-                add({key: _words(key)}, _words(key).capitalize(), plots.plot_metric)
-        if all(key in columns for key in _SPEED):
-            add(
-                {_SPEED[0]: "samples per second", _SPEED[1]: "fraction of time waiting for data"},
-                "Speed",
-                plots.plot_throughput,
-            )
-        caption = f"Training of {step.name}: {epoch.size} epochs."
+        kept = None
+        caption = f"Training of {step.name}: {len(history)} epochs."
+        if step.has("model/model.yaml"):
+            model = yaml.safe_load((step.path / "model" / "model.yaml").read_text(encoding="utf-8"))
+            kept = model["epoch"] + 1
+            caption += f" Dotted: epoch {kept}, whose weights were kept."
+        panels = _training_panels(step.name, history, kept)
         blocks.append(artist.block(f"training-{step.name}", step.name, caption, panels, [step]))
     return blocks
+
+
+def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None) -> list[_Panel]:
+    """Losses, scores, every other number that was recorded, and speed."""
+    from galdist.report import plots
+
+    columns = {
+        key: np.array([math.nan if row.get(key) is None else row[key] for row in history], float)
+        for key in dict.fromkeys(key for row in history for key in row)
+    }
+    epoch = columns["epoch"] + 1  # the first epoch is 0 in files and 1 to people
+
+    def panel(what: str, names: Mapping[str, str], draw: _DrawEpochs) -> _Panel:
+        found = {name: columns[key] for key, name in names.items() if key in columns}
+
+        def drawn(ax: "Axes", palette: "Palette") -> None:
+            draw(ax, epoch, found)
+            if kept is not None:
+                plots.mark_epoch(ax, kept)
+
+        last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in found.items())
+        return _Panel(drawn, f"{what} of {name} against epoch; after {epoch.size} epochs: {last}.")
+
+    panels = [panel("Loss", _LOSSES, plots.plot_loss)]
+    if any(key in columns for key in _SCORES):
+        panels.append(panel("Scores on validation boxes", _SCORES, plots.plot_scores))
+    panels += [
+        panel(_words(key).capitalize(), {key: _words(key)}, plots.plot_metric)
+        for key in columns
+        if key not in _NOT_DRAWN
+    ]
+    panels.append(panel("Speed", _SPEED, plots.plot_throughput))
+    return panels
 
 
 # Spectra
