@@ -103,7 +103,7 @@ class Chunking(StrictModel):
     shard/chunk)`` chunks in one file: for meshes so large that their chunks are too many files.
     """
 
-    chunk: PositiveInt = 64
+    chunk: Annotated[int, Constraint(ge=4)] = 64
     """Side of a chunk [cells]; it divides the mesh. Meshes smaller than it are one chunk."""
     shard: PositiveInt | None = None
     """Side of a shard along y and x [cells], a multiple of the chunk. Shards are one chunk thick."""

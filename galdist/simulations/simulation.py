@@ -15,11 +15,13 @@ from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
+from galdist.config import ExternalPath, StrictModel
 from galdist.simulations import READERS
 
 DARK_MATTER, STARS = 1, 4
@@ -165,13 +167,80 @@ class Simulation:
         return files
 
 
-def open_simulations(
-    layout: str, path: Path, suite: str | None = None, set: str | None = None, **where: Any
-) -> list[Simulation]:
-    """The simulations under ``path``, by the reader of ``layout`` (a key of `READERS`)."""
-    module, _, function = READERS[layout].partition(":")
-    opener: Callable[..., list[Simulation]] = getattr(import_module(module), function)
-    return opener(Path(path), suite=suite, set=set, **where)
+class SplitConfig(StrictModel):
+    """Simulations kept out of training: by name (``CV_6`` or ``IllustrisTNG_CV_6``) or place in the set."""
+
+    validation: tuple[int | str, ...] = ()
+    test: tuple[int | str, ...] = ()
+
+
+class SelectionConfig(StrictModel):
+    """Which simulations a stage reads, and what they are for."""
+
+    format: Literal["camels", "tng"] = "camels"
+    path: ExternalPath | None = None
+    """Where the files are; by default they are those of the step named under ``simulations``."""
+    suite: str | None = None
+    """Such as IllustrisTNG (CAMELS) or TNG300-1 (TNG); may be left out where there is one."""
+    set: str | None = None
+    """Such as CV or LH; may be left out where there is one."""
+    volume: str | None = None
+    """Such as L25n256; may be left out where there is one. CAMELS only."""
+    snapshot: Annotated[int, Field(ge=0)] | None = None
+    """Number of the snapshot; that of z = 0 by default."""
+    matter: Matter | None = None
+    """``nbody``: dark matter of the N-body twins (default of CAMELS). ``hydro``: of the runs with galaxies
+    (default of TNG)."""
+    split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _only_what_the_format_has(self) -> "SelectionConfig":
+        if self.format == "tng" and (self.volume or self.set):
+            raise ValueError("volume and set: IllustrisTNG has neither; leave them out")
+        return self
+
+    def open(self, inputs: Mapping[str, Sequence[Path]]) -> list[tuple[Simulation, str]]:
+        """The simulations, each with its split: ``train``, ``validation`` or ``test``.
+
+        Raises
+        ------
+        SimulationError
+            where there is neither a path nor a step to read from, or both; for names in the split that are
+            not there or are there twice; and whatever the reader raises.
+        """
+        given = [*inputs.get("simulations", ()), *([self.path] if self.path else [])]
+        if len(given) != 1:
+            raise SimulationError(
+                "simulations: give either `path` in the config or a step under `inputs: simulations`, "
+                f"got {'both' if given else 'neither'}"
+            )
+        where = {"volume": self.volume} if self.format == "camels" else {}
+        if self.matter is not None:
+            where["matter"] = self.matter
+        module, _, function = READERS[self.format].partition(":")
+        opener: Callable[..., list[Simulation]] = getattr(import_module(module), function)
+        simulations = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshot, **where)
+        splits = dict.fromkeys((simulation.name for simulation in simulations), "train")
+        for split in ("validation", "test"):
+            for member in getattr(self.split, split):
+                name = _member(member, simulations, f"split.{split}")
+                if splits[name] != "train":
+                    raise SimulationError(f"split.{split}: {name} is already in {splits[name]}")
+                splits[name] = split
+        return [(simulation, splits[simulation.name]) for simulation in simulations]
+
+
+def _member(member: int | str, simulations: Sequence[Simulation], where: str) -> str:
+    if isinstance(member, int):
+        if not 0 <= member < len(simulations):
+            raise SimulationError(
+                f"{where}: {member} is not one of the {len(simulations)} simulations (from 0)"
+            )
+        return simulations[member].name
+    for simulation in simulations:
+        if member in (simulation.name, simulation.name.removeprefix(f"{simulation.suite}_")):
+            return simulation.name
+    raise nearest(f"simulation ({where})", member, [simulation.name for simulation in simulations])
 
 
 def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
@@ -192,7 +261,7 @@ def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
         ``n_particles``.
     """
     fields = ("GroupPos", "GroupVel", "GroupMass", "Group_M_Crit200", "Group_R_Crit200", "GroupLen")
-    catalog, header = _read_catalog(files, "Group", fields, complete)
+    catalog, header, _ = _read_catalog(files, "Group", fields, complete)
     return {
         "position": catalog["GroupPos"],
         # The files have GroupVel in km/s/a: the peculiar velocity is GroupVel / a.
@@ -227,59 +296,68 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
         "SubhaloHalfmassRadType",
         "SubhaloGrNr",
     )
-    catalog, header = _read_catalog(files, "Subhalo", fields, complete, optional=("SubhaloFlag",))
-    groups, _ = _read_catalog(files, "Group", ("GroupFirstSub", "GroupNsubs"), complete)
-    halo, is_central = _membership(groups, catalog["SubhaloGrNr"].astype(np.int64), files, complete)
-    stellar_mass = catalog["SubhaloMassType"][:, STARS].astype(np.float64) * header.mass
-    keep = stellar_mass >= min_stellar_mass
-    if "SubhaloFlag" in catalog:
-        keep &= catalog["SubhaloFlag"].astype(bool)
-    photometry = catalog["SubhaloStellarPhotometrics"][keep]
-    radius = catalog["SubhaloHalfmassRadType"][keep, STARS].astype(np.float64)
+
+    def is_galaxy(hdf5: Any, header: Header) -> NDArray[np.bool_]:
+        massive = (
+            _read(hdf5, "Subhalo/SubhaloMassType")[:, STARS].astype(np.float64) * header.mass
+            >= min_stellar_mass
+        )
+        return (
+            massive & hdf5["Subhalo/SubhaloFlag"][:].astype(bool)
+            if "Subhalo/SubhaloFlag" in hdf5
+            else massive
+        )
+
+    catalog, header, n_subhalos = _read_catalog(files, "Subhalo", fields, complete, is_galaxy)
+    halo, is_central = _membership(files, catalog, n_subhalos, complete)
+    photometry = catalog["SubhaloStellarPhotometrics"]
+    radius = catalog["SubhaloHalfmassRadType"][:, STARS].astype(np.float64)
     return {
-        "position": catalog["SubhaloPos"][keep],
-        "velocity": catalog["SubhaloVel"][keep] * np.float32(header.velocity),
-        "stellar_mass": stellar_mass[keep],
-        "star_formation_rate": catalog["SubhaloSFR"][keep],
+        "position": catalog["SubhaloPos"],
+        "velocity": catalog["SubhaloVel"] * np.float32(header.velocity),
+        "stellar_mass": catalog["SubhaloMassType"][:, STARS].astype(np.float64) * header.mass,
+        "star_formation_rate": catalog["SubhaloSFR"],
         "color_gi": photometry[:, _BANDS.index("g")] - photometry[:, _BANDS.index("i")],
         "half_mass_radius": radius * header.length,
-        "halo": halo[keep],
-        "is_central": is_central[keep],
+        "halo": halo,
+        "is_central": is_central,
     }
 
 
 def _membership(
-    groups: Columns, group_of: NDArray[np.int64], files: Sequence[Path], complete: bool
+    files: Sequence[Path], catalog: Columns, n_subhalos: int, complete: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Row of every subhalo's halo, and whether the subhalo is the first (central) one of it.
 
-    ``SubhaloGrNr`` and ``GroupFirstSub`` count over the whole catalogue. Some chunks of it begin at rows
-    that the chunks do not say; they follow from the first group that has subhalos, for a group's subhalos
-    lie together.
+    ``SubhaloGrNr`` and ``GroupFirstSub`` count over the whole catalogue. Some chunks of it begin at rows that
+    the chunks do not say; they follow from the first group that has subhalos, for a group's subhalos lie
+    together.
     """
-    first = groups["GroupFirstSub"].astype(np.int64)
+    groups, _, _ = _read_catalog(files, "Group", ("GroupFirstSub", "GroupNsubs"), complete)
+    first, n_subs = groups["GroupFirstSub"].astype(np.int64), groups["GroupNsubs"].astype(np.int64)
     first[first == NO_SUBHALO] = -1
-    populated = np.flatnonzero((first >= 0) & (groups["GroupNsubs"] > 0))
+    populated = np.flatnonzero((first >= 0) & (n_subs > 0))
     group_offset = subhalo_offset = 0
-    if not complete and populated.size:
-        group_offset = int(group_of.min()) - int(populated[0]) if group_of.size else 0
-        subhalo_offset = int(first[populated[0]])
-        if int(groups["GroupNsubs"].sum()) != group_of.size:
+    if not complete and populated.size and n_subhalos:
+        if n_subs.sum() != n_subhalos:
             raise SimulationError(
-                f"{files[0]}: Group/GroupNsubs counts {int(groups['GroupNsubs'].sum())} subhalos, there are "
-                f"{group_of.size}: they do not belong together; read all chunks"
+                f"{files[0]}: Group/GroupNsubs counts {n_subs.sum()} subhalos, not {n_subhalos}: they do "
+                "not belong together; read all chunks"
             )
-    halo = group_of - group_offset
+        holder = next(file for file in files if read_header(file).n_rows("Subhalo")[0])
+        with _open(holder) as hdf5:
+            group_offset = int(_read(hdf5, "Subhalo/SubhaloGrNr", slice(0, 1))[0]) - int(populated[0])
+        subhalo_offset = int(first[populated[0]])
+    halo = catalog["SubhaloGrNr"].astype(np.int64) - group_offset
     inside = (halo >= 0) & (halo < first.size)
     if complete and not inside.all():
         raise SimulationError(
-            f"{files[0]}: Subhalo/SubhaloGrNr names group {int(group_of[~inside][0])} "
+            f"{files[0]}: Subhalo/SubhaloGrNr names group {int(halo[~inside][0])} "
             f"of a catalogue with {first.size}"
         )
     halo[~inside] = -1
-    index = np.arange(group_of.size) + subhalo_offset
-    is_central = np.zeros(group_of.size, bool)
-    is_central[inside] = first[halo[inside]] == index[inside]
+    is_central = np.zeros(halo.size, bool)
+    is_central[inside] = first[halo[inside]] == catalog["row"][inside] + subhalo_offset
     return halo, is_central
 
 
@@ -331,6 +409,15 @@ class Header:
 
     def n_here(self, kind: int) -> int:
         return int(self._counts("NumPart_ThisFile")[kind])
+
+    def n_rows(self, group: str) -> tuple[int, int]:
+        """Rows of ``Group`` or ``Subhalo`` in this file and in all of the catalogue."""
+        name = {"Group": "Ngroups", "Subhalo": "Nsubgroups"}[group]
+        other = f"N{group.lower()}s"  # in GADGET-4
+        return (
+            int(self.number(f"{name}_ThisFile", f"{other}_ThisFile")),
+            int(self.number(f"{name}_Total", f"{other}_Total")),
+        )
 
     def n_total(self, kind: int) -> int:
         total = int(self._counts("NumPart_Total")[kind])
@@ -421,46 +508,41 @@ def _read_catalog(
     group: Literal["Group", "Subhalo"],
     fields: Sequence[str],
     complete: bool,
-    optional: Sequence[str] = (),
-) -> tuple[Columns, Header]:
-    """Fields of all chunks of a group catalogue, one after the other; positions are in Mpc/h already."""
-    counter = {"Group": "Ngroups", "Subhalo": "Nsubgroups"}[group]
-    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in (*fields, *optional)}
+    keep: Callable[[Any, "Header"], NDArray[np.bool_]] | None = None,
+) -> tuple[Columns, Header, int]:
+    """Fields of all chunks of a group catalogue, one after the other, and the number of rows in the files.
+
+    Positions are in Mpc/h already. ``keep`` chooses rows of a chunk; ``row`` is their place in the files.
+    """
+    parts: dict[str, list[NDArray[Any]]] = {name: [] for name in (*fields, "row")}
     n_rows = 0
-    header = read_header(files[0])
     for file in files:
-        part = read_header(file)
-        n_here = int(part.number(f"{counter}_ThisFile", f"N{group.lower()}s_ThisFile"))
+        header = read_header(file)
+        n_here, n_total = header.n_rows(group)
+        if n_here:  # SUBFIND writes no fields where a chunk has no rows
+            with _open(file) as hdf5:
+                rows = slice(None) if keep is None else np.flatnonzero(keep(hdf5, header))
+                for name in fields:
+                    values = _read(hdf5, f"{group}/{name}")
+                    if len(values) != n_here:
+                        raise SimulationError(
+                            f"{file}: field {group}/{name} has {len(values)} rows, the header says {n_here}"
+                        )
+                    if name.endswith("Pos"):
+                        values = _positions(values, header, file, f"{group}/{name}")
+                    parts[name].append(values[rows])
+                parts["row"].append(np.arange(n_rows, n_rows + n_here)[rows])
         n_rows += n_here
-        if n_here == 0:
-            continue  # SUBFIND writes no fields where a chunk has no rows
-        with _open(file) as hdf5:
-            for name in (*fields, *optional):
-                if name in optional and f"{group}/{name}" not in hdf5:
-                    continue
-                values = _read(hdf5, f"{group}/{name}")
-                if len(values) != n_here:
-                    raise SimulationError(
-                        f"{file}: field {group}/{name} has {len(values)} rows, "
-                        f"Header/{counter}_ThisFile says {n_here}"
-                    )
-                if name.endswith("Pos"):
-                    values = _positions(values, part, file, f"{group}/{name}")
-                parts[name].append(values)
-    n_total = int(header.number(f"{counter}_Total", f"N{group.lower()}s_Total"))
     if complete and n_rows != n_total:
         raise SimulationError(
             f"{files[0]} and {len(files) - 1} more: {n_rows} rows of {group}, "
-            f"Header/{counter}_Total says {n_total}: a chunk is missing"
+            f"the header says {n_total}: a chunk is missing"
         )
-    n_parts = max(len(part) for part in parts.values())
-    catalog = {}
-    for name, arrays in parts.items():
-        if arrays and len(arrays) == n_parts:
-            catalog[name] = np.concatenate(arrays)
-        elif name in fields:
-            catalog[name] = np.empty((0, *_WIDTHS.get(name, ())), np.float32)
-    return catalog, header
+    catalog = {
+        name: np.concatenate(arrays) if arrays else np.empty((0, *_WIDTHS.get(name, ())), np.float32)
+        for name, arrays in parts.items()
+    }
+    return catalog, header, n_rows
 
 
 _WIDTHS = {
