@@ -14,7 +14,7 @@ from pathlib import Path, PosixPath
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, GetCoreSchemaHandler, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from galdist.stages import STAGES, Stage
@@ -63,7 +63,16 @@ def external_paths(value: Any) -> Iterator[ExternalPath]:
             yield from external_paths(item)
 
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,99}", text):
+        raise ValueError(
+            f"a name has a-z, 0-9, _ and -, begins with a letter or digit, 100 at most; got {text[:120]!r}"
+        )
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""Of runs and steps. Names become folders: nothing in them can lead out of the run's folder."""
 
 
 def _listed(value: object) -> object:

@@ -257,7 +257,7 @@ def _finish(state: _State, running: _Running, outcome: launch.Outcome) -> None:
             f"step {name} failed after {duration(view.seconds)}: {outcome.describe()}\nits folder: {folder}"
         )
         return
-    shutil.rmtree(folder / ".job")
+    shutil.rmtree(folder / ".job", ignore_errors=True)
     size = tree_size(folder)
     durable.write_json(
         folder / DONE, {"fingerprint": running.planned.fingerprint, "finished": _now(), "bytes": size}

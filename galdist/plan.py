@@ -100,6 +100,12 @@ def plan(
             if runs and any(name in names for names in steps[only].inputs.values()):
                 problems.append(Problem((only,), f"reads {name}, which is not done ({why})"))
             runs, why = False, "not asked for"
+        if runs:
+            problems += [
+                Problem(("steps", name, "config"), f"there is nothing at {path}")
+                for path in external
+                if not Path(path).exists()
+            ]
         planned[name] = replace(entry, runs=runs, why=why)
     if problems:
         raise SettingsError(f"run {run.file.name}", problems)

@@ -43,8 +43,8 @@ class SettingsError(ValueError):
         self, source: str, problems: Iterable[Problem], lines: Mapping[Location, int] | None = None
     ) -> None:
         self.source = source
-        self.problems = list(problems)
         self.lines = dict(lines or {})
+        self.problems = sorted(problems, key=lambda problem: self._line(problem) or 0)
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -53,15 +53,13 @@ class SettingsError(ValueError):
             return f"{self.source}: {texts[0]}"
         return "\n  ".join([f"{self.source}: {len(texts)} problems", *texts])
 
+    def _line(self, problem: Problem) -> int | None:
+        """Line of the problem's place, or of the nearest place around it that is in the file."""
+        places = (problem.location[:n] for n in range(len(problem.location), 0, -1))
+        return next((self.lines[place] for place in places if place in self.lines), None)
+
     def _text(self, problem: Problem) -> str:
-        line = next(
-            (
-                self.lines[problem.location[:n]]
-                for n in range(len(problem.location), 0, -1)
-                if problem.location[:n] in self.lines
-            ),
-            None,
-        )
+        line = self._line(problem)
         path = ".".join(str(part) for part in problem.location)
         return f"{f'line {line}: ' if line else ''}{f'{path}: ' if path else ''}{problem.message}"
 
@@ -80,7 +78,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -182,6 +182,8 @@ def _words(detail: dict[str, Any], owner: type[BaseModel] | None) -> str:
         return message.removeprefix("Value error, ")
     if kind == "assertion_error":
         return message.removeprefix("Assertion failed, ")
+    if kind == "too_short":
+        return f"expected {detail['ctx']['min_length']} or more, got {detail['ctx']['actual_length']}"
     shown = repr(given)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if kind in ("model_type", "model_attributes_type", "dict_type"):

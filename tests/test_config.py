@@ -1,0 +1,380 @@
+"""Run files: every mistake is found before work starts, and told so that it can be mended."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+from small_stages import STAGES
+
+from galdist import config
+from galdist.config import ExternalPath, load
+from hpc import strict
+from hpc.resources import Resources
+from hpc.site import Site, load_site
+from hpc.strict import SettingsError, StrictModel
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def errors(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error that a run file gives."""
+    with pytest.raises(SettingsError) as caught:
+        load(write(folder, text), overrides, STAGES)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+GOOD = """\
+name: study
+seed: 3
+steps:
+  - name: first
+    stage: pieces
+    config: {n_pieces: 2}
+  - name: second
+    stage: mpi
+    inputs: {before: first}
+    resources: {ranks: 1, memory: 4 GB, time: "1:30:00"}
+    config: {seed: 9, seconds: 1e-3}
+  - name: third
+    stage: many
+    inputs: {sources: "*"}
+"""
+
+
+def test_a_good_file(tmp_path: Path) -> None:
+    run = load(write(tmp_path, GOOD), (), STAGES)
+    assert run.order == ("first", "second", "third")
+    assert run.configs["first"].model_dump() == {"seed": 3, "n_pieces": 2, "seconds": 0.0}, "the run's seed"
+    assert run.configs["second"].model_dump() == {"seed": 9, "n_pieces": 4, "seconds": 0.001}
+    assert run.steps["second"].resources == Resources(ranks=1, memory=4 * 2**30, time=5400)
+    assert run.steps["third"].inputs == {"sources": ("first", "second")}
+
+
+def test_the_resolved_file_is_a_run_file(tmp_path: Path) -> None:
+    run = load(write(tmp_path, GOOD), (), STAGES)
+    again = load(write(tmp_path, run.to_yaml()), (), STAGES)
+    assert again.configs == run.configs
+    assert again.to_yaml() == run.to_yaml()
+
+
+def test_every_mistake_at_once_with_line_and_path(tmp_path: Path) -> None:
+    lines = errors(
+        tmp_path,
+        """\
+name: Study
+sed: 1
+steps:
+  - name: first
+    stage: pieces
+    config:
+      n_peices: 2
+      seconds: soon
+  - name: second
+    stage: mpl
+  - name: third
+    stage: one
+    inputs: {sorce: first, more: [first, frist]}
+  - name: fourth
+    stage: many
+    input: {sources: first}
+""",
+    )
+    assert lines == [
+        "run.yaml: 10 problems",
+        "  line 1: name: a name has a-z, 0-9, _ and -, begins with a letter or digit, 100 at most; "
+        "got 'Study'",
+        "  line 2: sed: unknown key; did you mean seed?",
+        "  line 7: steps.first.config.n_peices: unknown key; did you mean n_pieces?",
+        "  line 8: steps.first.config.seconds: expected a valid number, unable to parse string as a number, "
+        "got 'soon'",
+        "  line 10: steps.second.stage: no stage 'mpl'; did you mean mpi?",
+        "  line 13: steps.third.inputs.sorce: stage one has no such input; did you mean source?",
+        "  line 13: steps.third.inputs.more: there is no step 'frist'; did you mean first?",
+        "  line 13: steps.third.inputs.source: missing: name the step to read",
+        "  line 13: steps.third.inputs.more: takes one step, got 2",
+        "  line 16: steps.fourth.input: unknown key; did you mean inputs?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("name: second", "steps.first.name: two steps"),
+        ("stage: one", "steps.second.inputs.source: missing: name the step to read"),
+        ("inputs: {before: second}", "steps: steps wait for one another: second reads second"),
+        ("inputs: {before: [first, first]}", "steps.second.inputs.before: names a step twice"),
+        ("name: ../outside", "steps.1.name: "),
+        ("name: .hidden", "steps.1.name: "),
+        ("name: " + "a" * 101, "100 at most"),
+        ("resources: {ranks: 0}", "steps.second.resources.ranks: expected greater than or equal to 1, got 0"),
+        ("resources: {memory: much}", "expected an amount of memory such as 4 GB or 512 MB, got 'much'"),
+        ("resources: {rank: 2}", "steps.second.resources.rank: unknown key; did you mean ranks?"),
+        ("resources: {ranks: 2}", "steps.second.resources.ranks: stage pieces is one process"),
+        ("config: 3", "steps.second.config: expected"),
+        ("stage: 3", "steps.second.stage: expected a valid string, got 3"),
+    ],
+)
+def test_one_mistake(change: str, said: str, tmp_path: Path) -> None:
+    step = {"name": "second", "stage": "pieces"}
+    step.update(yaml.safe_load(change))
+    first = {"name": "second" if change == "name: second" else "first", "stage": "pieces"}
+    if change == "name: second":
+        said = "two steps are called second"
+    text = "\n".join(errors(tmp_path, yaml.safe_dump({"name": "x", "steps": [first, step]})))
+    assert said in text
+    for jargon in ("pydantic", "http", "type=", "input_value", "Input should", "Value error"):
+        assert jargon not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [\n", "not valid YAML"),
+        ("name: a\nname: b\n", "run.yaml: line 2: name: given twice (first on line 1)"),
+        ("name: a\nsteps:\n  - {name: b, stage: pieces, config: {seed: 1, seed: 2}}\n", "given twice"),
+        ("", "a run file holds keys and values"),
+        ("[1, 2]", "a run file holds keys and values"),
+        ("name: a\nsteps: []\n", "steps: expected"),
+        ("name: a\nsteps: 3\n", "steps: expected"),
+        ("name: a\nsteps: [3]\n", "steps.0: expected keys and values, got 3"),
+        ("name: !!python/object/apply:os.system [true]\n", "not valid YAML"),
+        ("name: &a [*a]\n", "contains itself"),
+    ],
+)
+def test_what_is_no_run_file(text: str, said: str, tmp_path: Path) -> None:
+    assert said in "\n".join(errors(tmp_path, text))
+
+
+def test_a_syntax_error_has_its_line(tmp_path: Path) -> None:
+    assert errors(tmp_path, "name: a\nsteps:\n  - name: b\n   stage: c\n")[0].startswith(
+        "run.yaml: line 4, column"
+    )
+
+
+def test_cycles_are_shown(tmp_path: Path) -> None:
+    steps = [
+        {"name": "free", "stage": "pieces"},
+        {"name": "a", "stage": "many", "inputs": {"sources": ["free", "c"]}},
+        {"name": "b", "stage": "many", "inputs": {"sources": ["a"]}},
+        {"name": "c", "stage": "many", "inputs": {"sources": ["b"]}},
+    ]
+    lines = errors(tmp_path, yaml.safe_dump({"name": "x", "steps": steps}))
+    assert "steps wait for one another: a reads c reads b reads a" in lines[0]
+
+
+def test_steps_run_after_what_they_read_else_in_the_order_of_the_file(tmp_path: Path) -> None:
+    steps = [
+        {"name": "a", "stage": "many", "inputs": {"sources": ["c"]}},
+        {"name": "b", "stage": "pieces"},
+        {"name": "c", "stage": "pieces"},
+    ]
+    assert load(write(tmp_path, yaml.safe_dump({"name": "x", "steps": steps})), (), STAGES).order == (
+        "b",
+        "c",
+        "a",
+    )
+
+
+@given(st.data())
+def test_any_order_in_the_file_works(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 8))
+    edges = [(i, j) for i in range(n) for j in range(i) if data.draw(st.booleans())]
+    shuffled = data.draw(st.permutations(range(n)))
+    steps = [
+        config.Step(
+            name=f"s{i}", stage="pieces", inputs={"before": tuple(f"s{j}" for k, j in edges if k == i)}
+        )
+        for i in shuffled
+    ]
+    order, problems = config._order(steps)
+    assert not problems
+    assert sorted(order) == sorted(step.name for step in steps)
+    assert all(order.index(f"s{j}") < order.index(f"s{i}") for i, j in edges)
+
+
+# --set
+
+
+def test_values_from_the_command_line(tmp_path: Path) -> None:
+    sets = (
+        "seed=5",
+        "first.n_pieces=7",
+        "steps.second.config.seconds=2",
+        "second.resources.ranks=3",
+        "name=other",
+    )
+    run = load(write(tmp_path, GOOD), sets, STAGES)
+    assert run.file.name == "other"
+    assert run.configs["first"].model_dump() == {"seed": 5, "n_pieces": 7, "seconds": 0.0}
+    assert run.configs["second"].model_dump() == {"seed": 9, "n_pieces": 4, "seconds": 2.0}
+    assert run.steps["second"].resources.ranks == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "'seed' is not key=value"),
+        ("sede=1", "sede: unknown key; did you mean seed?"),
+        ("steps=1", "steps: unknown key"),
+        ("frist.n_pieces=1", "frist.n_pieces: there is no step 'frist'; did you mean first?"),
+        ("first.n_peices=1", "steps.first.config.n_peices: unknown key; did you mean n_pieces?"),
+        ("first.n_pieces=[", "first.n_pieces=[: not valid YAML"),
+        ("first.n_pieces.x=1", "n_pieces holds a value, not keys"),
+        ("first.n_pieces=many", "steps.first.config.n_pieces: expected a valid integer"),
+    ],
+)
+def test_wrong_values_from_the_command_line(override: str, said: str, tmp_path: Path) -> None:
+    assert said.replace("first.n_pieces=[: ", "") in "\n".join(errors(tmp_path, GOOD, override))
+
+
+def test_elements_of_lists(tmp_path: Path) -> None:
+    document = strict.parse_yaml("steps: [{name: a, config: {fields: [{name: x}, {name: y}]}}]", "f")
+    assert config._apply("a.fields.1.name=z", document) == []
+    assert document.data["steps"][0]["config"]["fields"] == [{"name": "x"}, {"name": "z"}]
+    assert "2 is not an index of a list of 2" in config._apply("a.fields.2.name=z", document)[0].message
+
+
+# Names and experiments
+
+
+def test_an_experiment_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match=r"no experiment has this name"):
+        load("quikstart-of-nothing")
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(SettingsError, match=r"nothing/there\.yaml: cannot be read: No such file"):
+        load("nothing/there.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(config.experiments()))
+def test_experiments_that_ship_are_right(name: str) -> None:
+    run = load(name)
+    assert run.file.description, "galdist list shows it"
+    assert config.experiments()[name].stem == run.file.name == name
+
+
+# External paths
+
+
+class WithPath(StrictModel):
+    path: ExternalPath | None = None
+    more: list[ExternalPath] = []  # noqa: RUF012 - pydantic copies it
+
+
+def test_external_paths_are_absolute_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    found = WithPath.model_validate({"path": "data/../tng", "more": ["$SCRATCH/camels", "~/x", tmp_path]})
+    texts = [str(path) for path in config.external_paths(found)]
+    assert texts == [f"{tmp_path}/tng", "/scratch/me/camels", os.path.expanduser("~/x"), str(tmp_path)]
+    assert WithPath.model_validate(found.model_dump(mode="json")) == found
+    assert isinstance(found.path, Path)
+    monkeypatch.delenv("SCRATCH")
+    _, problems = strict.validate(WithPath, {"path": "$SCRATCH/camels"})
+    assert problems[0].message == "$SCRATCH/camels names an environment variable that is not set"
+
+
+# The words of strict models
+
+
+class Circle(StrictModel):
+    kind: Literal["circle"]
+    radius: float
+
+
+class Square(StrictModel):
+    kind: Literal["square"]
+    side: float
+
+
+class Scheme(StrictModel):
+    name: Literal["NGP", "CIC", "TSC"] = "CIC"
+
+
+class Shapes(StrictModel):
+    shape: Annotated[Circle | Square, Field(discriminator="kind")]
+    schemes: dict[str, list[Scheme]] = {}  # noqa: RUF012
+    split: int | list[str] = 1
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            {"shape": {"kind": "circle", "raduis": 1}},
+            {"shape.raduis: unknown key; did you mean radius?", "shape.radius: missing"},
+        ),
+        (
+            {"shape": {"kind": "square", "side": "a"}},
+            {"shape.side: expected a valid number, unable to parse string as a number, got 'a'"},
+        ),
+        (
+            {"shape": {"kind": "square", "side": 1}, "schemes": {"grid": [{"name": "NGP"}, {"name": "CCI"}]}},
+            {"schemes.grid.1.name: expected 'NGP', 'CIC' or 'TSC', got 'CCI'; did you mean CIC?"},
+        ),
+        (
+            {"shape": {"kind": "square", "side": 1}, "schemes": {"grid": [{"nam": "NGP"}]}},
+            {"schemes.grid.0.nam: unknown key; did you mean name?"},
+        ),
+    ],
+)
+def test_places_inside_models(data: dict[str, object], said: set[str]) -> None:
+    _, problems = strict.validate(Shapes, data)
+    assert {f"{'.'.join(map(str, problem.location))}: {problem.message}" for problem in problems} == said
+
+
+def test_alternatives_are_one_problem() -> None:
+    _, problems = strict.validate(Shapes, {"shape": {"kind": "square", "side": 1}, "split": "x"})
+    assert len(problems) == 1
+    assert problems[0].location == ("split",)
+    assert "integer" in problems[0].message
+    assert "list" in problems[0].message
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "-2e5", "1.5e3", "+1e3"])
+def test_numbers_as_people_write_them(text: str) -> None:
+    assert strict.parse_yaml(f"value: {text}", "f").data == {"value": float(text)}
+
+
+# Sites and resources
+
+
+def test_sites(tmp_path: Path) -> None:
+    assert load_site("local") == Site()
+    assert load_site("debug").launcher == "debug"
+    path = tmp_path / "site.yaml"
+    path.write_text("cpus: 3\nenvironment: {A: b}\n")
+    site = load_site(str(path))
+    assert (site.cores, site.environment) == (3, {"A": "b"})
+    path.write_text("cpsu: 3\n")
+    with pytest.raises(SettingsError, match=r"site\.yaml: line 1: cpsu: unknown key; did you mean cpus\?"):
+        load_site(str(path))
+    with pytest.raises(SettingsError, match="no such site"):
+        load_site("loacl")
+    with pytest.raises(FileNotFoundError, match="of the site file does not exist"):
+        Site(mpirun=tmp_path / "none").find_mpirun()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90 s", 90), ("2 h", 7200), ("1:30:00", 5400), ("12:30", 750), ("1-00:00:00", 86400), (60, 60)],
+)
+def test_times(text: str | int, seconds: int) -> None:
+    assert Resources.model_validate({"time": text}).time == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("4 GB", 2**32), ("512MiB", 2**29), ("1.5G", 3 * 2**29), (1000, 1000)]
+)
+def test_memory(text: str | int, n_bytes: int) -> None:
+    assert Resources.model_validate({"memory": text}).memory == n_bytes

@@ -1,0 +1,415 @@
+"""The pipeline: what runs and why, what is kept, what becomes of results that no longer fit."""
+
+import datetime
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_stages import STAGES
+
+import galdist
+from galdist import config, pipeline, plan, provenance, status
+from galdist.pipeline import RunView
+from hpc import durable
+from hpc.site import Site
+from hpc.strict import SettingsError
+
+DEBUG = Site(launcher="debug")  # in this process: fast
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    """a -> b -> d, and c by itself; ``a={"n_pieces": 3}`` changes a's configuration."""
+    steps: list[dict[str, Any]] = [
+        {"name": "a", "stage": "pieces"},
+        {"name": "b", "stage": "pieces", "inputs": {"before": "a"}},
+        {"name": "c", "stage": "pieces"},
+        {"name": "d", "stage": "pieces", "inputs": {"before": ["b"]}},
+    ]
+    for step in steps:
+        step["config"] = {"n_pieces": 2, **changes.get(step["name"], {})}
+    return {"name": "study", "seed": 1, "steps": steps}
+
+
+def load(tmp_path: Path, data: dict[str, Any]) -> config.Run:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return config.load(str(path), (), STAGES)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., list[str]]:
+    """Executes a run file; returns the names of the steps that were computed, in order."""
+
+    def execute(data: dict[str, Any], site: Site = DEBUG, **options: Any) -> list[str]:
+        computed: list[str] = []
+
+        def show(view: RunView) -> None:
+            computed.extend(
+                step.name for step in view.steps if step.state == "done" and step.name not in computed
+            )
+
+        pipeline.execute(load(tmp_path, data), tmp_path / "out", site, show, stages=STAGES, **options)
+        return computed
+
+    return execute
+
+
+def plans(tmp_path: Path, data: dict[str, Any], **options: Any) -> dict[str, str]:
+    """Step -> why it would run; empty text for a step that would not."""
+    steps = plan.plan(load(tmp_path, data), tmp_path / "out", stages=STAGES, **options)
+    return {entry.name: entry.why if entry.runs else "" for entry in steps}
+
+
+def result(tmp_path: Path, name: str) -> str:
+    return (tmp_path / "out" / name / "result.txt").read_text()
+
+
+def test_steps_run_once(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert plans(tmp_path, study()) == dict.fromkeys("abcd", "new")
+    assert not (tmp_path / "out").exists(), "a plan changes nothing"
+    assert run(study()) == ["a", "b", "c", "d"]
+    assert run(study()) == []
+    assert set(plans(tmp_path, study()).values()) == {""}
+
+
+def test_a_change_computes_what_depends_on_it(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(study())
+    changed = study(b={"n_pieces": 3})
+    assert plans(tmp_path, changed) == {
+        "a": "",
+        "b": "config changed: n_pieces: 2 -> 3",
+        "c": "",
+        "d": "input b changed",
+    }
+    assert run(changed) == ["b", "d"]
+
+
+def test_the_seed_changes_only_stages_that_take_one(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    data = study(c={"seed": 5})
+    data["steps"].append({"name": "e", "stage": "read", "config": {"path": str(Path(__file__).parent)}})
+    run(data)
+    assert plans(tmp_path, {**data, "seed": 2}) == {
+        "a": "config changed: seed: 1 -> 2",
+        "b": "config changed: seed: 1 -> 2; input a changed",
+        "c": "",
+        "d": "config changed: seed: 1 -> 2; input b changed",
+        "e": "",
+    }
+
+
+def test_nothing_computed_is_lost(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(study())
+    first = result(tmp_path, "d")
+    run(study(a={"n_pieces": 3}))
+    second = result(tmp_path, "d")
+    assert first != second
+    assert run(study()) == [], "moved back, not computed"
+    assert result(tmp_path, "d") == first
+    assert run(study(a={"n_pieces": 3})) == []
+    assert result(tmp_path, "d") == second
+    replaced = [path.name for path in (tmp_path / "out" / ".replaced").iterdir()]
+    assert sorted(name[0] for name in replaced) == ["a", "b", "d"]
+
+
+def test_a_partial_result_continues(tmp_path: Path, run: Callable[..., list[str]]) -> None:
+    """Only the missing pieces are made, also after another configuration was there in between."""
+    run(study())
+    expected = result(tmp_path, "a")
+    folder = tmp_path / "out" / "a"
+    for name in ("done.json", "result.txt", "piece-1.txt"):
+        (folder / name).unlink()
+    record = {**durable.read_json(folder / "provenance.json"), "finished": None}
+    durable.write_json(folder / "provenance.json", record)
+    kept = (folder / "piece-0.txt").stat()
+    assert plans(tmp_path, study())["a"] == "continues"
+    assert run(study(a={"n_pieces": 5})) == ["a", "b", "d"]
+    assert plans(tmp_path, study())["a"] == "continues; moved back"
+    assert run(study()) == ["a"], "b and d fit again too"
+    assert result(tmp_path, "a") == expected
+    assert (folder / "piece-0.txt").stat().st_ino == kept.st_ino
+    assert (folder / "piece-0.txt").stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def test_resources_and_names_of_other_steps_are_no_reason(
+    run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run(study())
+    data = study()
+    data["steps"][0]["resources"] = {"cpus": 1}
+    data["steps"][0]["expected"] = 3
+    data["steps"].append({"name": "new", "stage": "pieces"})
+    assert [name for name, why in plans(tmp_path, data).items() if why] == ["new"]
+
+
+def test_names_of_inputs_are_a_reason(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Results name the steps they were made from: labels of spectra, for example."""
+    run(study())
+    data = study()
+    data["steps"][0]["name"] = "other"
+    data["steps"][1]["inputs"] = {"before": "other"}
+    assert plans(tmp_path, data)["b"] == "input other added; input a removed"
+
+
+def test_from(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(study())
+    before = result(tmp_path, "d")
+    assert plans(tmp_path, study(), start_from="b") == {
+        "a": "",
+        "b": "asked for with --from",
+        "c": "",
+        "d": "follows b",
+    }
+    assert run(study(), start_from="b") == ["b", "d"]
+    assert result(tmp_path, "d") == before
+    replaced = sorted(path.name for path in (tmp_path / "out" / ".replaced").iterdir())
+    assert [name[0] + name[-2:] for name in replaced] == ["b.1", "d.1"], "kept, but not as what to move back"
+    assert run(study()) == []
+
+
+def test_only(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"b: reads a, which is not done \(new\)"):
+        run(study(), only="b")
+    assert run(study(), only="a") == ["a"]
+    assert run(study(), only="b") == ["b"]
+    assert run(study(), only="b") == []
+    assert run(study(), only="b", start_from="b") == ["b"]
+    with pytest.raises(SettingsError, match=r"--only: there is no step 'e'"):
+        run(study(), only="e")
+
+
+def test_a_failure_stops_only_what_depends_on_it(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    data = study()
+    data["steps"][1] = {"name": "b", "stage": "fail", "inputs": {"before": "a"}}
+    with pytest.raises(pipeline.StepFailed) as caught:
+        run(data, site=Site())
+    text = str(caught.value)
+    assert "step b failed after" in text
+    assert "ValueError: snapshot.hdf5: PartType1/Coordinates is missing" in text
+    assert f"last lines of {tmp_path}/out/b/log.txt:" in text
+    states = {step.name: (step.state, step.detail) for step in status.steps_of(tmp_path / "out")}
+    assert {name: state for name, (state, _) in states.items()} == {
+        "a": "done",
+        "b": "failed",
+        "c": "done",
+        "d": "pending",
+    }
+    assert states["b"][1] == "ValueError: snapshot.hdf5: PartType1/Coordinates is missing"
+    assert plans(tmp_path, data)["b"] == "failed before"
+    data["steps"][1] = study()["steps"][1]
+    assert run(data) == ["b", "d"]
+
+
+def test_every_runtime_gives_the_same(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    kinds = ["pieces", "dask", "ddp", "mpi"]
+    data = {"name": "kinds", "seed": 3, "steps": [{"name": kind, "stage": kind} for kind in kinds]}
+    assert run(data, site=Site()) == kinds
+    assert len({result(tmp_path, kind) for kind in kinds}) == 1
+    memory = durable.read_json(tmp_path / "out" / "mpi" / "provenance.json")["peak_memory"]
+    assert set(memory) == {"rank 0", "rank 1"}
+    assert all(10e6 < peak < 2e9 for peak in memory.values())
+    log = (tmp_path / "out" / "dask" / "log.txt").read_text()
+    assert "2 Dask workers" in log
+
+
+def test_provenance(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(study())
+    record = durable.read_json(tmp_path / "out" / "b" / "provenance.json")
+    steps = {
+        entry.name: entry for entry in plan.plan(load(tmp_path, study()), tmp_path / "out", stages=STAGES)
+    }
+    assert record["fingerprint"] == steps["b"].fingerprint
+    assert record["inputs"] == {"a": steps["a"].fingerprint}
+    assert (record["step"], record["stage"], record["seed"], record["ranks"]) == ("b", "pieces", 1, 1)
+    assert record["versions"]["galdist"] == galdist.__version__
+    assert record["versions"]["numpy"]
+    started, finished = (datetime.datetime.fromisoformat(record[key]) for key in ("started", "finished"))
+    assert (finished - started).total_seconds() == pytest.approx(record["seconds"], abs=0.5)
+    assert yaml.safe_load((tmp_path / "out" / "b" / "config.yaml").read_text()) == {
+        "seed": 1,
+        "n_pieces": 2,
+        "seconds": 0.0,
+    }
+    resolved = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert resolved["steps"][1]["config"]["seed"] == 1
+
+
+def test_commit_of_the_source() -> None:
+    commit = provenance.git_commit()
+    root = Path(galdist.__file__).parents[1]
+    if not (root / ".git").exists():
+        assert commit is None
+    else:
+        head = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        assert commit is not None
+        assert commit.removesuffix("-dirty") == head.stdout.strip()
+
+
+# What no step made
+
+
+def with_path(folder: Path, factor: int = 1) -> dict[str, Any]:
+    step = {"name": "a", "stage": "read", "config": {"path": str(folder), "factor": factor}}
+    return {"name": "x", "steps": [step, {"name": "b", "stage": "pieces", "inputs": {"before": "a"}}]}
+
+
+def test_external_data(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with pytest.raises(SettingsError, match=rf"steps\.a\.config: there is nothing at {data}"):
+        run(with_path(data))
+    data.mkdir()
+    (data / "snapshot.hdf5").write_text("12345")
+    assert run(with_path(data)) == ["a", "b"]
+    assert run(with_path(data)) == []
+    (data / "snapshot.hdf5").write_text("123456")
+    assert plans(tmp_path, with_path(data)) == {"a": f"{data} changed", "b": "input a changed"}
+    assert run(with_path(data)) == ["a", "b"]
+    data.rename(tmp_path / "elsewhere")
+    assert run(with_path(tmp_path / "elsewhere")) == [], "moved data is the same data"
+    (tmp_path / "data").mkdir()
+
+
+def test_raw_data_may_be_deleted_once_used(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "snapshot.hdf5").write_text("12345")
+    run(with_path(data))
+    (data / "snapshot.hdf5").unlink()
+    data.rmdir()
+    assert run(with_path(data)) == []
+    with pytest.raises(SettingsError, match="there is nothing at"):
+        run(with_path(data), start_from="a")
+    with pytest.raises(SettingsError, match="there is nothing at"):
+        run(with_path(data, factor=2))
+
+
+# Folders and locks
+
+
+def test_a_foreign_folder_in_the_way_is_moved(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "notes.txt").write_text("mine")
+    assert run(study()) == ["a", "b", "c", "d"]
+    assert (tmp_path / "out" / ".replaced" / "a-unknown" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "out" / "a" / "notes.txt").exists()
+
+
+def test_a_second_run_in_the_folder_stops(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(study())
+    code = (
+        "import fcntl, sys, time\n"
+        f"stream = open({str(tmp_path / 'out' / '.lock')!r}, 'a+')\n"
+        "fcntl.flock(stream, fcntl.LOCK_EX)\n"
+        "stream.write('process 4711 on node1'); stream.flush(); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert status.holder(tmp_path / "out") == "process 4711 on node1"
+        with pytest.raises(
+            pipeline.RunLocked, match=r"in use by another run: process 4711 on node1\. Wait for it"
+        ):
+            run(study())
+    finally:
+        other.kill()
+        other.communicate()
+    assert status.holder(tmp_path / "out") is None
+    assert run(study()) == [], "the lock of a killed process is gone with it"
+
+
+def test_the_lock_is_not_inherited(tmp_path: Path) -> None:
+    with pipeline._lock(tmp_path):
+        left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+    try:
+        with open(tmp_path / ".lock") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        left.kill()
+        left.wait()
+
+
+# Status, results, time left
+
+
+def test_status_and_results(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="there is no run here"):
+        status.steps_of(tmp_path / "out")
+    run(study(), only="a")
+    run(study(a={"n_pieces": 3}), only="c")
+    states = {step.name: step for step in status.steps_of(tmp_path / "out")}
+    assert {name: step.state for name, step in states.items()} == {
+        "a": "stale",
+        "b": "pending",
+        "c": "done",
+        "d": "pending",
+    }
+    assert states["c"].bytes == pytest.approx(plan_size(tmp_path / "out" / "c"), rel=0.5)
+    run(study())
+    rows = status.results(tmp_path / "out")
+    assert [(row["step"], row["metric"]) for row in rows] == [(name, "total") for name in "abcd"]
+    assert rows[0]["value"] == float(result(tmp_path, "a"))
+
+
+def plan_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_time_left(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """From ratios in the run file at first, scaled by what this machine needs; later from measurements."""
+    data = study(a={"seconds": 0.25}, b={"seconds": 0.25})
+    for step, expected in zip(data["steps"], (10, 10, 20, 40), strict=True):
+        step["expected"] = expected
+    seen: dict[tuple[str, ...], float | None] = {}
+
+    def show(view: RunView) -> None:
+        seen[tuple(step.name for step in view.steps if step.state in ("done", "kept"))] = view.seconds_left
+
+    pipeline.execute(load(tmp_path, data), tmp_path / "out", DEBUG, show, stages=STAGES)
+    assert seen["a",] == pytest.approx(0.5 * (10 + 20 + 40) / 10, rel=0.4), "a took 0.5 s instead of 10 s"
+    entries = {e.name: e for e in plan.plan(load(tmp_path, data), tmp_path / "out", stages=STAGES)}
+    assert entries["a"].measured
+    assert entries["a"].expected == pytest.approx(0.5, abs=0.3)
+
+
+def test_time_of_earlier_attempts_counts(tmp_path: Path) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    record = {"seconds": 0.0, "error": None, "started": now.isoformat()}
+    assert pipeline._seconds_so_far(tmp_path, record) == 0.0
+    entry = {"done": 1, "total": 2, "time": now.timestamp() + 40}
+    (tmp_path / "progress.json").write_text(json.dumps(entry))
+    assert pipeline._seconds_so_far(tmp_path, record) == pytest.approx(40, abs=0.1)
+    assert pipeline._seconds_so_far(tmp_path, {**record, "seconds": 12.0}) == 12.0
+
+
+def test_a_thousand_steps_are_planned_quickly(tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = [{"name": "s0", "stage": "pieces"}]
+    for number in range(1, 1000):
+        names = sorted({f"s{number - 1}", f"s{number // 2}"})
+        steps.append({"name": f"s{number}", "stage": "pieces", "inputs": {"before": names}})
+    run = load(tmp_path, {"name": "many", "steps": steps})
+    started = time.perf_counter()
+    assert len(plan.plan(run, tmp_path / "out", stages=STAGES)) == 1000
+    assert time.perf_counter() - started < 2
+
+
+def test_mpi_needs_its_launcher_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Site) -> Path:
+        raise FileNotFoundError("no mpirun")
+
+    monkeypatch.setattr(Site, "find_mpirun", missing)
+    data = {"name": "x", "steps": [{"name": "a", "stage": "pieces"}, {"name": "b", "stage": "mpi"}]}
+    with pytest.raises(SettingsError, match=r"steps\.b: no mpirun"):
+        pipeline.execute(load(tmp_path, data), tmp_path / "out", Site(), stages=STAGES)
+    assert not (tmp_path / "out").exists()
