@@ -42,7 +42,7 @@ FILE = "report.html"
 FIGURES = "figures"
 
 _LINKS = {
-    "dask-report.html": "Dask dashboard",
+    "dask-report.html": "Dask report",
     "log.txt": "log",
     "config.yaml": "configuration",
     "provenance.json": "provenance",
@@ -109,7 +109,7 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         steps=[_step_row(step, steps) for step in steps],
         sections=sections,
         confusions=_confusions(results, predictions),
-        results=results,
+        results=[row for row in results if row["metric"] not in _CONFUSION],
         versions=_versions(steps),
     )  # fmt: skip
     durable.write_text(out / FILE, page)
@@ -557,11 +557,17 @@ def _versions(steps: Sequence[Step]) -> dict[str, dict[str, list[str]]]:
 def _results(steps: Sequence[Step], simulations: set[str]) -> list[dict[str, Any]]:
     """Rows of the table of results. ``box``: the row is of one of several boxes of its step."""
     rows = []
-    for step in steps:
+    for number, step in enumerate(steps):
         found = step.metrics
         several = len({row["sample"] for row in found}) > 1
         rows += [
-            {"step": step.name, **row, "box": several and row["sample"] in simulations, "text": _value(row)}
+            {
+                "step": step.name,
+                "number": number,
+                **row,
+                "box": several and row["sample"] in simulations,
+                "text": _value(row),
+            }
             for row in found
         ]
     return rows
