@@ -239,20 +239,7 @@ def _open_or_create(
         )
         for field in config.fields
     ]
-    attrs = [
-        SimulationAttrs(
-            name=simulation.name,
-            box_size=simulation.box_size,
-            redshift=simulation.redshift,
-            suite=simulation.suite,
-            set=simulation.set,
-            split=cast(Split, split),
-            cosmology=simulation.cosmology,
-            astrophysics=simulation.astrophysics,
-            seed=simulation.seed,
-        )
-        for simulation, split in simulations
-    ]
+    attrs = [SimulationAttrs.of(simulation, cast(Split, split)) for simulation, split in simulations]
     extra = {"min_stellar_mass": config.min_stellar_mass}
     return create_store(path, attrs, fields, config.n_mesh, config.chunking, extra)
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import zarr
@@ -26,6 +26,9 @@ from zarr.codecs import ZstdCodec
 from zarr.errors import GroupNotFoundError
 
 from galdist.config import StrictModel
+
+if TYPE_CHECKING:
+    from galdist.simulations.simulation import Simulation
 
 FORMAT = "galdist-grids"
 VERSION = 1
@@ -65,6 +68,22 @@ class SimulationAttrs(StrictModel):
     """A_SN1, A_AGN1, A_SN2, A_AGN2 where the suite varies them."""
     seed: int | None = None
     sources: tuple[Source, ...] = ()
+
+    @classmethod
+    def of(cls, simulation: "Simulation", split: Split, sources: Sequence[Source] = ()) -> "SimulationAttrs":
+        """Those of a simulation that was opened."""
+        return cls(
+            name=simulation.name,
+            box_size=simulation.box_size,
+            redshift=simulation.redshift,
+            suite=simulation.suite,
+            set=simulation.set,
+            split=split,
+            cosmology=simulation.cosmology,
+            astrophysics=simulation.astrophysics,
+            seed=simulation.seed,
+            sources=tuple(sources),
+        )
 
 
 class Field(StrictModel):
@@ -164,7 +183,7 @@ class SimulationGrids:
         """
         if field not in self._arrays:
             if field not in self.fields:
-                raise StoreError(_unknown(f"{self._group.store_path}: field", field, self.fields))
+                raise StoreError(unknown_name(f"{self._group.store_path}: field", field, self.fields))
             array = self._group[field]
             assert isinstance(array, zarr.Array)
             self._arrays[field] = array
@@ -243,7 +262,7 @@ class GridStore:
     def __getitem__(self, name: str) -> SimulationGrids:
         if name not in self._simulations:
             if name not in self._names():
-                raise StoreError(_unknown(f"{self.path}: simulation", name, self._names()))
+                raise StoreError(unknown_name(f"{self.path}: simulation", name, self._names()))
             group = self._root[name]
             assert isinstance(group, zarr.Group)
             self._simulations[name] = SimulationGrids(group)
@@ -306,7 +325,7 @@ class GridStore:
             group = self._root[simulation]
             assert isinstance(group, zarr.Group)
             group.attrs["sources"] = [file.model_dump() for file in files]
-        self._root = _consolidate(self._root)
+        self._root = consolidate(self._root)
         self._simulations.clear()
 
 
@@ -348,7 +367,7 @@ def create_store(
             raise StoreError(f"{path}: a store needs at least one {what}")
         if twice := sorted({name for name in given if given.count(name) > 1}):
             raise StoreError(f"{path}: {what} {twice[0]!r} is given twice")
-    _use_zarrs()
+    use_zarrs()
     root = zarr.create_group(path, zarr_format=3, overwrite=True)
     for simulation in simulations:
         group = root.create_group(simulation.name, attributes=simulation.model_dump(mode="json"))
@@ -387,7 +406,7 @@ def create_store(
             "simulations": [simulation.name for simulation in simulations],
         }
     )
-    _consolidate(root)
+    consolidate(root)
     return open_store(path, mode="r+")
 
 
@@ -399,7 +418,7 @@ def open_store(path: str | Path, mode: Literal["r", "r+"] = "r") -> GridStore:
     StoreError
         where there is no store, or it is of another format or version.
     """
-    _use_zarrs()
+    use_zarrs()
     try:
         root = zarr.open_group(path, mode=mode, zarr_format=3)
     except (FileNotFoundError, GroupNotFoundError) as error:
@@ -416,7 +435,7 @@ def open_store(path: str | Path, mode: Literal["r", "r+"] = "r") -> GridStore:
     return GridStore(path, root)
 
 
-def _consolidate(root: zarr.Group) -> zarr.Group:
+def consolidate(root: zarr.Group) -> zarr.Group:
     """Put a copy of all metadata into the root's, so that a store of many simulations opens fast."""
     with warnings.catch_warnings():
         # An extension of Zarr v3 so far: a reader that does not know it reads the metadata of each array.
@@ -424,13 +443,14 @@ def _consolidate(root: zarr.Group) -> zarr.Group:
         return zarr.consolidate_metadata(root.store)
 
 
-def _use_zarrs() -> None:
+def use_zarrs() -> None:
     """Encode and decode chunks with the zarrs (Rust) pipeline where it is installed: about twice as fast."""
     if importlib.util.find_spec("zarrs") is not None:
         zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> str:
+def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+    """The message for a name that is not among those known."""
     near = get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{what} {name!r} is not there{hint} It has: {', '.join(known) or 'none'}"
