@@ -37,6 +37,9 @@ class Physics:
         concentration at fixed mass.
     scatter
         standard deviation of log10 stellar mass at fixed halo properties.
+    satellite_survival
+        fraction of all subhalos ever accreted that still hold a galaxy at z=0; the others have merged or are
+        disrupted.
     satellite_environment
         shift of log10 of the mean number of satellites with one standard deviation of overdensity.
     supernova_mass, supernova_strength
@@ -55,6 +58,7 @@ class Physics:
     formation: float
     concentration: float
     scatter: float
+    satellite_survival: float
     satellite_environment: float
     supernova_mass: float
     supernova_strength: float
@@ -74,6 +78,7 @@ PHYSICS: dict[str, Physics] = {
         formation=0.10,
         concentration=0.06,
         scatter=0.10,
+        satellite_survival=0.40,
         satellite_environment=0.20,
         supernova_mass=4e11,
         supernova_strength=0.5,
@@ -91,6 +96,7 @@ PHYSICS: dict[str, Physics] = {
         formation=0.16,
         concentration=0.02,
         scatter=0.15,
+        satellite_survival=0.50,
         satellite_environment=0.10,
         supernova_mass=8e11,
         supernova_strength=0.35,
@@ -237,9 +243,8 @@ def populate(
 
     # satellites: a Poisson number in each halo, then one row each
     resolution = MINIMUM_PARTICLES * halos.mass / np.maximum(halos.length, 1)
-    mean = _subhalos_above(resolution / halos.mass) * 10 ** (
-        physics.satellite_environment * density - 0.1 * age
-    )
+    mean = _subhalos_above(resolution / halos.mass) * physics.satellite_survival
+    mean *= 10 ** (physics.satellite_environment * density - 0.1 * age)
     count = stats.poisson.ppf(uniform(seed, halos.identity, 0), mean).astype("i8")
     row = np.repeat(np.arange(len(halos)), count + 1)
     place = np.arange(len(row)) - np.repeat(np.cumsum(count + 1) - (count + 1), count + 1)
