@@ -369,6 +369,7 @@ class Header:
     attributes: Mapping[str, Any]
 
     def number(self, *names: str) -> float:
+        """The first of the attributes ``names`` that is there."""
         for name in names:
             if name in self.attributes:
                 return float(np.atleast_1d(self.attributes[name])[0])
