@@ -1,18 +1,26 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from galdist.catalogs.catalog import CatalogWriter, open_catalog
+from galdist.grids.mass_assignment import assign
+from galdist.grids.store import Field, SimulationAttrs, create_store, open_store
 from galdist.statistics.hod import (
     Halos,
+    HodConfig,
     Occupation,
     concentration,
     expected_points,
     fit,
+    hod,
     nfw_radius,
     paint,
 )
+from galdist.statistics.metrics import load_metrics
 
 TRUTH = Occupation(M_min=3e11, M_1=2e12, alpha=0.9)
 
@@ -236,3 +244,139 @@ def test_hopeless_catalogs_are_refused():
         fit([0.0, 1e12, 1e13], [10, 10, 30])
     with pytest.raises(ValueError, match="two columns"):
         fit([1e12], [1, 2])
+
+
+# The stage
+
+
+def universe(path, n_boxes=4, n_mesh=32, suite="MockA", prefix="A"):
+    """Catalogs and grids of boxes whose galaxies follow the model exactly."""
+    names = [f"{prefix}_CV_{i}" for i in range(n_boxes)]
+    split = ["train"] * (n_boxes - 1) + ["test"]
+    attrs = [
+        SimulationAttrs(name=name, box_size=25.0, redshift=0.0, suite=suite, split=where)
+        for name, where in zip(names, split, strict=True)
+    ]
+    fields = [Field(name="galaxy_counts", assignment="ngp"), Field(name="stellar_mass", assignment="ngp")]
+    grids = create_store(path / "grids" / "grids.zarr", attrs, fields, n_mesh)
+    writer = CatalogWriter(path / "catalog" / "catalog.zarr")
+    for i, simulation in enumerate(attrs):
+        sample = halos(2500, seed=10 * len(prefix) + i)
+        galaxies = paint(TRUTH, sample, np.random.default_rng(i))
+        table = {name: getattr(sample, name) for name in ("mass", "mass_200c", "radius_200c", "position")}
+        number = np.bincount(galaxies["halo"], minlength=sample.mass.size)
+        writer.add(
+            simulation, {"halos": {**table, "n_galaxies": number}, "galaxies": galaxies, "nbody_halos": table}
+        )
+        grids[simulation.name].write(
+            "galaxy_counts", assign(galaxies["position"], 25.0, n_mesh, "ngp").astype("f4")
+        )
+    writer.finish(names)
+    return {"catalogs": [path / "catalog"], "grids": [path / "grids"]}
+
+
+@pytest.fixture(scope="module")
+def model_universe(tmp_path_factory):
+    return universe(tmp_path_factory.mktemp("universe"))
+
+
+def test_stage_paints_the_test_boxes_with_what_the_training_boxes_say(model_universe, tmp_path):
+    hod(HodConfig(seed=1), model_universe, tmp_path)
+    found = json.loads((tmp_path / "hod.json").read_text())
+    assert found["alpha"] == pytest.approx(TRUTH.alpha, abs=5 * found["alpha_error"])
+    assert found["M_1"] == pytest.approx(TRUTH.M_1, abs=5 * found["M_1_error"])
+    assert found["M_min"] == pytest.approx(TRUTH.M_min, rel=0.02)
+    assert found["training"] == ["A_CV_0", "A_CV_1", "A_CV_2"]
+    occupation = {key: np.array(values) for key, values in found["occupation"].items()}
+    enough = occupation["n_halos"] > 50
+    pull = (occupation["measured"] - occupation["model"])[enough] / (occupation["error"] + 1e-9)[enough]
+    assert np.abs(pull).max() < 5
+
+    store, truth = (
+        open_store(tmp_path / "prediction.zarr"),
+        open_store(model_universe["grids"][0] / "grids.zarr"),
+    )
+    assert list(store) == ["A_CV_3"]
+    box = store["A_CV_3"]
+    assert box.attrs == truth["A_CV_3"].attrs
+    assert box.field("galaxy_counts") == truth["A_CV_3"].field("galaxy_counts")
+    assert box.field("expected_galaxy_counts").assignment == "ngp"
+    assert store.attrs["model"] == "hod"
+    assert len(store.attrs["checkpoint"]) == 64
+    counts, expected = box.read("galaxy_counts"), box.read("expected_galaxy_counts")
+    np.testing.assert_array_equal(counts, np.rint(counts))
+    assert expected.sum() == pytest.approx(counts.sum(), abs=5 * float(counts.sum()) ** 0.5)
+    # Galaxies are where the truth has them: the mean field explains much of it, the realization less.
+    true = truth["A_CV_3"].read("galaxy_counts")
+    r_mean, r_counts = (np.corrcoef(field.ravel(), true.ravel())[0, 1] for field in (expected, counts))
+    assert r_mean > r_counts > 0.3
+
+    galaxies = open_catalog(tmp_path / "galaxies.zarr").table("A_CV_3", "galaxies")
+    np.testing.assert_array_equal(assign(galaxies["position"], 25.0, 32, "ngp"), counts)
+    rows = {(row["metric"], row["sample"]): row["value"] for row in load_metrics(tmp_path)}
+    assert rows["n_galaxies/predicted", "A_CV_3"] == counts.sum()
+    assert rows["n_galaxies/truth", "A_CV_3"] == true.sum()
+    assert rows["n_galaxies/expected", "A_CV_3"] == pytest.approx(expected.sum(), rel=1e-6)
+
+
+def test_stage_is_seeded_and_can_be_called_again(model_universe, tmp_path):
+    fields = []
+    for seed, out in ((1, "a"), (1, "a"), (1, "b"), (2, "c")):
+        hod(HodConfig(seed=seed), model_universe, tmp_path / out)
+        fields.append(open_store(tmp_path / out / "prediction.zarr")["A_CV_3"].read("galaxy_counts"))
+    assert np.array_equal(fields[0], fields[1])
+    assert np.array_equal(fields[0], fields[2])
+    assert not np.array_equal(fields[0], fields[3])
+    same = [json.loads((tmp_path / out / "hod.json").read_text()) for out in "abc"]
+    assert same[0] == same[1] == same[2]
+
+
+def test_one_suite_is_fitted_and_the_other_predicted(model_universe, tmp_path):
+    other = universe(tmp_path / "b", n_boxes=2, suite="MockB", prefix="B")
+    inputs = {
+        "catalogs": model_universe["catalogs"] + other["catalogs"],
+        "grids": other["grids"],
+    }
+    hod(HodConfig(seed=1, training_suites=("MockA",)), inputs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "hod.json").read_text())["training"] == [
+        "A_CV_0",
+        "A_CV_1",
+        "A_CV_2",
+    ]
+    assert list(open_store(tmp_path / "out" / "prediction.zarr")) == ["B_CV_1"]
+
+
+def test_wrong_inputs_are_refused_before_anything_is_written(model_universe, tmp_path):
+    def check(match, inputs=None, **config):
+        with pytest.raises(ValueError, match=match):
+            hod(HodConfig(seed=1, **config), inputs or model_universe, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    catalogs, grids = model_universe["catalogs"], model_universe["grids"]
+    check("training_suites: 'MockC' is not in the catalogs", training_suites=("MockC",))
+    check("is in two of the grids", {"catalogs": catalogs, "grids": grids * 2})
+    check("simulation 'A_CV_0' is in .* and in", {"catalogs": catalogs * 2, "grids": grids})
+    check("no simulation of the grids is in the validation split", split="validation")
+    check("field 'galaxies'", field="galaxies")
+    other = universe(tmp_path / "b", n_boxes=2, suite="MockB", prefix="B")
+    check(
+        "B_CV_1 is in the grids but in none of the catalogs", {"catalogs": catalogs, "grids": other["grids"]}
+    )
+    alone = universe(tmp_path / "c", n_boxes=1, prefix="C")
+    check("no training simulation", alone)
+    store = open_store(other["grids"][0] / "grids.zarr", mode="r+")["B_CV_1"]
+    store.write("galaxy_counts", store.read("galaxy_counts") * 2)
+    check("same `min_stellar_mass`", other)
+
+
+def test_a_box_without_halos_is_an_error(tmp_path):
+    inputs = universe(tmp_path / "a", n_boxes=2)
+    writer = CatalogWriter(tmp_path / "a" / "catalog" / "catalog.zarr")
+    store = open_catalog(tmp_path / "a" / "catalog" / "catalog.zarr")
+    nothing = {key: values[:0] for key, values in store.table("A_CV_1", "nbody_halos").items()}
+    tables = {"halos": store.table("A_CV_1", "halos"), "nbody_halos": nothing}
+    writer.add(store.attrs("A_CV_1"), tables)
+    writer.finish(store.names())
+    with pytest.raises(ValueError, match="A_CV_1 has no nbody_halos"):
+        hod(HodConfig(seed=1), inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

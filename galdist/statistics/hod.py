@@ -9,15 +9,28 @@ It knows the mass of a halo alone, so it is the baseline that a prediction from 
 compared with.
 """
 
+import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field as Constraint
 from scipy.special import gammaln, lambertw
 from scipy.stats import qmc
+
+from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
+from galdist.config import StrictModel
+from galdist.grids.mass_assignment import Scheme, assign
+from galdist.grids.store import Chunking, SimulationGrids, Split, create_store, open_store
+from galdist.statistics.metrics import metric_row, save_metrics
+from hpc import durable, progress
+
+log = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
@@ -275,3 +288,204 @@ def expected_points(occupation: Occupation, halos: Halos) -> Iterator[tuple[Arra
                 halos.place(np.repeat(chosen, len(points)), np.tile(points, (chosen.size, 1))),
                 np.repeat(satellites[chosen] / len(points), len(points)),
             )
+
+
+class HodConfig(StrictModel):
+    """What is fitted, and where galaxies are put."""
+
+    seed: int
+    """Of the painted numbers and positions."""
+    field: str = "galaxy_counts"
+    """The field of the grids that is predicted."""
+    training_suites: tuple[str, ...] | None = None
+    """Suites whose training simulations are fitted; null for all in the catalogs."""
+    split: Split = "test"
+    """Simulations of the grids whose halos get galaxies."""
+    mass: Literal["mass_200c", "mass"] = "mass_200c"
+    """Halo mass that the occupation depends on: M_200c, or that of all linked particles."""
+    halos: Literal["nbody_halos", "halos"] = "nbody_halos"
+    """Halos that get galaxies: those of the N-body run, or of the run that formed the galaxies."""
+    outliers: Annotated[float, Constraint(ge=0, lt=1)] = 0.01
+    """Largest fraction of galaxies that may live in halos below M_min; see `fit`."""
+
+
+def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
+    """Fit the occupation of the training simulations' halos and paint the simulations of a split.
+
+    Writes ``hod.json`` (the fitted `Occupation` and the measured one in bins of mass), ``prediction.zarr``
+    (the counts of one realization, and ``expected_<field>``, their mean over realizations: what a
+    deterministic prediction is fairly compared with), ``galaxies.zarr`` (the realization's galaxies) and
+    ``metrics.json``.
+
+    Raises
+    ------
+    ValueError
+        for catalogs and grids that do not belong together, and catalogs that cannot be fitted.
+    """
+    catalogs = _catalogs(inputs["catalogs"])
+    training = _training(config, catalogs)
+    targets = _targets(config, inputs["grids"], catalogs)
+    holders = {name: _halos(config, catalogs[name], grids) for name, grids in targets.items()}
+    tables = [catalogs[name].table(name, "halos", [config.mass, "n_galaxies"]) for name in training]
+    mass = np.concatenate([table[config.mass] for table in tables]).astype(float)
+    number = np.concatenate([table["n_galaxies"] for table in tables]).astype(float)
+    occupation = fit(mass, number, config.outliers)
+    log.info("occupation of %d halos of %s: %s", mass.size, ", ".join(training), occupation)
+    record = {**asdict(occupation), "mass": config.mass, "training": training}
+    durable.write_json(out / "hod.json", {**record, "occupation": _binned(mass, number, occupation)})
+
+    first = next(iter(targets.values()))
+    truth = first.field(config.field)
+    scheme: Scheme = "ngp" if truth.assignment == "none" else truth.assignment
+    mean = truth.model_copy(update={"name": f"expected_{config.field}", "dtype": "float32"})
+    store = create_store(
+        out / "prediction.zarr",
+        [grids.attrs for grids in targets.values()],
+        [truth, mean],
+        first.n_mesh,
+        Chunking(chunk=first.array(config.field).chunks[-1]),
+        attrs={"checkpoint": durable.fingerprint(record), "model": "hod"},
+    )
+    galaxies = CatalogWriter(out / "galaxies.zarr")
+    rows = [
+        metric_row("M_min", "train", occupation.M_min, occupation.M_min_error, "Msun/h"),
+        metric_row("M_1", "train", occupation.M_1, occupation.M_1_error, "Msun/h"),
+        metric_row("alpha", "train", occupation.alpha, occupation.alpha_error),
+    ]
+    for done, (name, grids) in enumerate(targets.items()):
+        progress.report(done, len(targets), name)
+        halos = holders[name]
+        painted = paint(occupation, halos, np.random.default_rng([config.seed, zlib.crc32(name.encode())]))
+        counts = assign(painted["position"], halos.box_size, grids.n_mesh, scheme)
+        expected = np.zeros_like(counts)
+        for points, weights in expected_points(occupation, halos):
+            assign(points, halos.box_size, grids.n_mesh, scheme, weights, out=expected)
+        store[name].write(truth.name, counts.astype(truth.dtype))
+        store[name].write(mean.name, expected.astype(mean.dtype))
+        galaxies.add(grids.attrs, {"galaxies": painted})
+        rows += [
+            metric_row("n_galaxies/truth", name, grids.read(config.field).sum(dtype=float)),
+            metric_row("n_galaxies/predicted", name, painted["halo"].size),
+            metric_row("n_galaxies/expected", name, occupation.mean(halos.mass).sum()),
+        ]
+    galaxies.finish(list(targets))
+    save_metrics(out, rows)
+    progress.report(len(targets), len(targets))
+
+
+def _catalogs(steps: Sequence[Path]) -> dict[str, CatalogStore]:
+    """The catalog that holds each simulation."""
+    catalogs: dict[str, CatalogStore] = {}
+    for step in steps:
+        store = open_catalog(step / "catalog.zarr")
+        for name in store.names():
+            if name in catalogs:
+                raise ValueError(f"simulation {name!r} is in {catalogs[name].path} and in {store.path}")
+            catalogs[name] = store
+    return catalogs
+
+
+def _training(config: HodConfig, catalogs: Mapping[str, CatalogStore]) -> list[str]:
+    """Names of the simulations to fit."""
+    suites = {store.attrs(name).suite for name, store in catalogs.items()}
+    for suite in config.training_suites or ():
+        if suite not in suites:
+            raise ValueError(
+                f"training_suites: {suite!r} is not in the catalogs, which have {', '.join(sorted(suites))}"
+            )
+    training = [
+        name
+        for name, store in catalogs.items()
+        if store.attrs(name).split == "train"
+        and store.attrs(name).suite in (config.training_suites or suites)
+    ]
+    if not training:
+        paths = sorted({str(store.path) for store in catalogs.values()})
+        raise ValueError(
+            f"no training simulation in {', '.join(paths)}: all of them are in the validation or test "
+            "split, so no occupation can be fitted"
+        )
+    return training
+
+
+def _targets(
+    config: HodConfig, steps: Sequence[Path], catalogs: Mapping[str, CatalogStore]
+) -> dict[str, SimulationGrids]:
+    """The simulations that get galaxies, and their true grids."""
+    targets: dict[str, SimulationGrids] = {}
+    for step in steps:
+        store = open_store(step / "grids.zarr")
+        for name in store.names(config.split):
+            if name in targets:
+                raise ValueError(f"simulation {name!r} is in two of the grids")
+            targets[name] = store[name]
+    if not targets:
+        raise ValueError(
+            f"no simulation of the grids is in the {config.split} split: nothing to put galaxies into"
+        )
+    first = next(iter(targets.values()))
+    for name, grids in targets.items():
+        if name not in catalogs:
+            raise ValueError(
+                f"{name} is in the grids but in none of the catalogs, which have {', '.join(catalogs)}"
+            )
+        if (grids.n_mesh, grids.field(config.field)) != (first.n_mesh, first.field(config.field)):
+            raise ValueError(
+                f"{name}: mesh or {config.field!r} differ from those of {first.attrs.name}; use two steps"
+            )
+        _check_counts(config, catalogs[name], grids)
+    return targets
+
+
+def _check_counts(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> None:
+    """Grids and catalogs must mean the same by a galaxy, or the fit is of other galaxies than the truth."""
+    name = grids.attrs.name
+    if config.field != "galaxy_counts" or "halos" not in catalog.tables(name):
+        return
+    in_catalog = catalog.table(name, "halos", ["n_galaxies"])["n_galaxies"].sum()
+    in_grids = grids.read(config.field).sum(dtype=float)
+    if abs(in_grids - in_catalog) > 1e-4 * in_catalog + 0.5:
+        raise ValueError(
+            f"{name} has {in_grids:.0f} galaxies in the grids and {in_catalog} in {catalog.path}: give both "
+            "steps the same `min_stellar_mass`"
+        )
+
+
+def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> Halos:
+    """The halos of a simulation that get galaxies.
+
+    Raises
+    ------
+    ValueError
+        where there are none.
+    """
+    columns = ("mass", "mass_200c", "radius_200c", "position")
+    table = catalog.table(grids.attrs.name, config.halos, columns)
+    if table["mass"].size == 0:
+        raise ValueError(
+            f"{catalog.path}: {grids.attrs.name} has no {config.halos}, so nothing holds galaxies"
+        )
+    values = {column: table[column].astype(float) for column in columns}
+    return Halos(
+        mass=values[config.mass],
+        mass_200c=values["mass_200c"],
+        radius_200c=values["radius_200c"],
+        position=values["position"],
+        box_size=grids.attrs.box_size,
+        redshift=grids.attrs.redshift,
+    )
+
+
+def _binned(mass: Array, number: Array, occupation: Occupation) -> dict[str, list[float]]:
+    """Mean occupation in bins of a fifth of a decade of mass: measured, with its error, and of the model."""
+    bins = np.floor(5 * np.log10(mass, where=mass > 0, out=np.full_like(mass, -np.inf)))
+    table: dict[str, list[float]] = {key: [] for key in ("mass", "n_halos", "measured", "error", "model")}
+    for edge in np.unique(bins[np.isfinite(bins)]):
+        here = bins == edge
+        count = int(np.count_nonzero(here))
+        table["mass"].append(float(10 ** np.log10(mass[here]).mean()))
+        table["n_halos"].append(count)
+        table["measured"].append(float(number[here].mean()))
+        table["error"].append(float(number[here].std() / math.sqrt(count)))
+        table["model"].append(float(occupation.mean(mass[here]).mean()))
+    return table
