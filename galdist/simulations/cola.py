@@ -206,7 +206,9 @@ def evolve(
     psi1, psi2 = _displacements(lattice, delta)
     position, ids = lattice.generate_uniform_particle_grid(shift=0.0, dtype=dtype, return_id=True)
     del lattice, delta
-    mesh = ParticleMesh(Nmesh=[n_particles * mesh_factor] * 3, BoxSize=box_size, dtype=dtype, comm=comm)
+    force = _ForceMesh(
+        ParticleMesh(Nmesh=[n_particles * mesh_factor] * 3, BoxSize=box_size, dtype=dtype, comm=comm)
+    )
 
     a_steps = np.linspace(1.0 / (1.0 + initial_redshift), 1.0, steps + 1)
     a = float(a_steps[0])
@@ -216,7 +218,7 @@ def evolve(
 
     for step, a_value in enumerate(a_steps):
         a = float(a_value)
-        acceleration = _force(mesh, position)
+        acceleration = force(position)
         acceleration -= growth.D1(a) * psi1
         acceleration -= (growth.D2(a) - growth.D1(a) ** 2) * psi2
         acceleration *= 1.5 * cosmology.Omega_m * a
@@ -353,22 +355,45 @@ def _inverse_gradient(field: Any, axis: int) -> Any:
     return field.apply(filter)
 
 
+class _ForceMesh:
+    """Gravity on a mesh: CIC, the inverse Laplacian -1/k^2, and four-point differences for the gradient.
+
+    The differences vanish at the mesh's Nyquist frequency. With ik there, the images of the particle lattice that
+    fall beside it (on it, for two cells a particle) push the particles, and structure grows by tens of per cent too
+    much where displacements are small against a cell.
+    """
+
+    def __init__(self, mesh: Any):
+        self.mesh = mesh
+        k = mesh.create_coords("transposedcomplex")
+        k2 = sum(axis.astype("f8") ** 2 for axis in k)
+        k2[k2 == 0.0] = np.inf
+        self._green = (1.0 / k2).astype(mesh.dtype)
+        cell = mesh.BoxSize / mesh.Nmesh
+        complex_type = np.result_type(mesh.dtype, "c8")
+        self._gradient = [
+            (1j * (8.0 * np.sin(k[i] * h) - np.sin(2.0 * k[i] * h)) / (6.0 * h)).astype(complex_type)
+            for i, h in enumerate(cell)
+        ]
+
+    def __call__(self, position: np.ndarray) -> np.ndarray:
+        """-grad(inverse Laplacian of delta) at the particles, (n, 3)."""
+        layout = self.mesh.decompose(position)
+        potential = _paint(self.mesh, position, layout).r2c(out=Ellipsis)
+        potential.value[...] *= self._green
+        force = np.empty_like(position)
+        component = self.mesh.create("transposedcomplex")
+        for axis, gradient in enumerate(self._gradient):
+            np.multiply(potential.value, gradient, out=component.value)
+            force[:, axis] = component.c2r(out=Ellipsis).readout(position, layout=layout)
+        return force
+
+
 def _paint(mesh: Any, position: np.ndarray, layout: Any) -> Any:
     """1 + delta on the mesh (CIC)."""
     density = mesh.paint(position, layout=layout)
     density.value[...] *= float(np.prod(mesh.Nmesh)) / mesh.comm.allreduce(len(position))
     return density
-
-
-def _force(mesh: Any, position: np.ndarray) -> np.ndarray:
-    """-grad(inverse Laplacian of delta) at the particles, (n, 3)."""
-    layout = mesh.decompose(position)
-    delta = _paint(mesh, position, layout).r2c(out=Ellipsis)
-    force = np.empty_like(position)
-    for axis in range(3):
-        component = _inverse_gradient(delta, axis).c2r(out=Ellipsis)
-        force[:, axis] = component.readout(position, layout=layout)
-    return force
 
 
 def _wrap(position: np.ndarray, box_size: float) -> None:
