@@ -59,12 +59,12 @@ class Group:
         if self.world_size == 1:
             return module
         on_gpu = self.device.type == "cuda"
-        return nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[self.device] if on_gpu else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
+        wrapped = nn.parallel.DistributedDataParallel(
+            module, device_ids=[self.device] if on_gpu else None, gradient_as_bucket_view=True
         )
+        # As an argument it would also keep buffers from being sent once, now.
+        wrapped.broadcast_buffers = False
+        return wrapped
 
     @contextlib.contextmanager
     def accumulating(self, wrapped: nn.Module) -> Iterator[None]:

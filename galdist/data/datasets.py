@@ -446,6 +446,8 @@ class GridData:
             collate_fn=_Collate(self.config.margin, self.periodic),
             num_workers=workers,
             worker_init_fn=_leave_signals_to_the_rank,
+            # Its own, so that starting an epoch draws nothing from the generator that models use.
+            generator=torch.Generator(),
             pin_memory=pin_memory,
             **processes,
         )

@@ -79,7 +79,7 @@ class R2UNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             # Eight bits are too few for log-odds near a threshold.
             # As a linear map of the last axis it keeps the memory order of its input, in its gradient too.
-            output: Tensor = self.head(x.movedim(1, -1).float()).movedim(-1, 1)
+            output: Tensor = self.head(x.movedim(1, -1).to(self.head.weight.dtype)).movedim(-1, 1)
             return output
 
 

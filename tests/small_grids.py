@@ -1,0 +1,131 @@
+"""Small grid stores whose galaxies follow the matter, and ranks that train on them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store
+from hpc import durable
+
+SPLITS = ("train", "train", "validation", "test")
+
+
+def make_grids(step: Path, n_mesh: int = 16, splits: Sequence[str] = SPLITS, seed: int = 0) -> GridStore:
+    """A step folder with lognormal matter counts and galaxies, Poisson with a mean that grows as density squared."""
+    simulations = [
+        SimulationAttrs(name=f"box_{n}", box_size=25.0, redshift=0.0, suite="lognormal", split=split)
+        for n, split in enumerate(splits)
+    ]
+    fields = [Field(name="matter_counts"), Field(name="galaxy_counts"), Field(name="momentum", components=3)]
+    store = create_store(step / "grids.zarr", simulations, fields, n_mesh)
+    wavenumbers = np.fft.fftfreq(n_mesh) * n_mesh
+    k2 = sum(np.meshgrid(*[wavenumbers**2] * 3, indexing="ij"))
+    random = np.random.default_rng(seed)
+    for simulation in simulations:
+        noise = np.fft.fftn(random.normal(size=(n_mesh,) * 3))
+        smooth = np.fft.ifftn(noise * np.exp(-k2 / 18)).real
+        density = np.exp(1.2 * smooth / smooth.std() - 0.72)
+        store[simulation.name].write("matter_counts", random.poisson(4 * density).astype(np.float32))
+        store[simulation.name].write("galaxy_counts", random.poisson(0.01 * density**2).astype(np.float32))
+        store[simulation.name].write("momentum", random.normal(size=(3, *density.shape)).astype(np.float32))
+    return store
+
+
+CLASSIFIER: dict[str, Any] = {
+    "model": {"name": "r2unet-classifier", "channels": [4, 8], "recurrence": 1, "positive_weight": 20},
+    "data": {"crop": 8, "crops_per_box": 8, "workers": 0},
+    "epochs": 2,
+    "batch_size": 4,
+    "tile": 8,
+    "seed": 3,
+}
+"""A training that takes a second."""
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+_RANK = """
+import sys
+from pathlib import Path
+from hpc import durable
+spec = durable.read_json(sys.argv[1])
+from {module} import {function} as stage, {config} as Config
+inputs = {{role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}}
+stage(Config(**spec["config"]), inputs, Path(spec["out"]))
+"""
+
+
+class Ranks:
+    """Processes that call a stage together, as a launcher starts them; a context manager that leaves none behind."""
+
+    def __init__(
+        self, stage: str, config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, n_ranks: int = 1
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        spec = out.parent / f"{out.name}-spec.json"
+        steps = {role: [str(step) for step in folders] for role, folders in inputs.items()}
+        durable.write_json(spec, {"config": config, "inputs": steps, "out": str(out)})
+        code = _RANK.format(
+            module=f"galdist.training.{stage}", function=stage, config=f"{stage.title()}Config"
+        )
+        port = free_port()
+        self.log = out.parent / f"{out.name}-log.txt"
+        self.processes = []
+        for rank in range(n_ranks):
+            environment = os.environ | {
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(n_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            with open(self.log, "ab") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", code, str(spec)], env=environment, stdout=log, stderr=log
+                    )
+                )
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+    def wait(self, timeout: float = 180) -> list[int]:
+        """Exit statuses, in order of rank."""
+        return [process.wait(timeout) for process in self.processes]
+
+    def succeed(self) -> None:
+        """Wait for all ranks to end well."""
+        assert self.wait() == [0] * len(self.processes), self.log.read_text()
+
+    def signal_when(
+        self, path: Path, pattern: str, number: int, signum: signal.Signals, rank: int = 0
+    ) -> None:
+        """Send a signal to a rank as soon as ``number`` files match."""
+        deadline = time.monotonic() + 120
+        while len(list(path.glob(pattern))) < number:
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.processes[rank].poll() is None, self.log.read_text()
+            time.sleep(0.002)
+        self.processes[rank].send_signal(signum)
