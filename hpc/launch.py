@@ -263,7 +263,10 @@ class _LocalJob:
         return self._outcome
 
     def cancel(self, grace: float = 10.0) -> None:
-        for report in self._reports():  # not to mpirun, which would kill the ranks instead of asking them
+        reports = self._reports()
+        if len(reports) < self.ranks:
+            grace = 0.0  # before all have started there is nothing to save
+        for report in reports:  # not to mpirun, which would kill the ranks instead of asking them
             if "ended" not in report and rank.is_alive(report):
                 os.kill(report["pid"], signal.SIGTERM)
         deadline = time.monotonic() + grace

@@ -74,7 +74,8 @@ def ddp_pieces(config: PiecesConfig, inputs: Inputs, out: Path) -> None:
 
     with ddp.group() as group:
         for number in range(config.n_pieces):
-            if group.any(not (out / f"piece-{number}.txt").exists()):
+            (missing,) = group.any(not (out / f"piece-{number}.txt").exists())
+            if missing:
                 shares = group.gather(_share(_piece(config, number), group.rank, group.world_size))
                 if group.is_main:
                     durable.write_text(out / f"piece-{number}.txt", str(sum(shares)))

@@ -1,0 +1,241 @@
+"""Killed anywhere, the same command finishes the run with the same results.
+
+Every test kills real processes of a real run with SIGKILL (or sends Ctrl-C), looks at what was said, and runs the
+same command again.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+import galdist
+from galdist import config
+from hpc import durable, rank
+
+RUNTIMES = ["pieces", "dask", "ddp", "mpi"]
+SMALL = [sys.executable, str(Path(__file__).with_name("small_stages.py"))]
+GALDIST = [sys.executable, "-m", "galdist"]
+
+
+@dataclass
+class Session:
+    """A command in a folder of its own, started as often as a test likes."""
+
+    folder: Path
+    command: list[str]
+    out: Path
+    process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        paths = [str(Path(galdist.__file__).parents[1]), str(Path(__file__).parent)]
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def finish(self, timeout: float) -> tuple[int, str]:
+        """Exit status and everything that was said."""
+        assert self.process is not None
+        text, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, text
+
+    def run(self, timeout: float) -> tuple[int, str]:
+        self.start()
+        return self.finish(timeout)
+
+    def spec(self, step: str) -> dict[str, Any]:
+        return dict(durable.read_json(self.out / step / ".job" / "spec.json"))
+
+    def processes(self, token: str) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if rank._belongs(process, token)]
+
+    def child(self, step: str, number: int) -> int:
+        """Pid of the process in which a rank's stage runs."""
+        return int(durable.read_json(rank.report_path(self.out / step, number))["child"])
+
+    def kill(self) -> None:
+        """SIGKILL to the orchestrator."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.communicate()
+
+
+def until(condition: Callable[[], Any], timeout: float, session: Session | None = None) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        assert session is None or session.process is None or session.process.poll() is None, (
+            "the run has ended"
+        )
+        time.sleep(0.02)
+
+
+def all_gone(session: Session, token: str, timeout: float = 10) -> None:
+    until(lambda: session.processes(token) == [], timeout)
+
+
+def small(folder: Path, stage: str, seconds: float) -> Session:
+    """A run of two steps, the second of the runtime in question."""
+    folder.mkdir()
+    steps = [
+        {"name": "before", "stage": "pieces", "config": {"n_pieces": 2}},
+        {
+            "name": "victim",
+            "stage": stage,
+            "inputs": {"before": "before"},
+            "config": {"n_pieces": 6, "seconds": seconds},
+        },
+        {
+            "name": "after",
+            "stage": "pieces",
+            "inputs": {"before": ["before", "victim"]},
+            "config": {"n_pieces": 2},
+        },
+    ]
+    (folder / "run.yaml").write_text(yaml.safe_dump({"name": "small", "seed": 5, "steps": steps}))
+    return Session(folder, [*SMALL, "run", "run.yaml"], folder / "runs" / "small")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The result of the small run; it is the same for every runtime."""
+    session = small(tmp_path_factory.mktemp("undisturbed") / "run", "pieces", 0.0)
+    status, text = session.run(60)
+    assert status == 0, text
+    return (session.out / "after" / "result.txt").read_text()
+
+
+@pytest.fixture
+def victim(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
+    """The small run in the middle of its second step, two pieces of which are made."""
+    session = small(tmp_path / "run", request.param, 0.4)
+    session.start()
+    try:
+        until(lambda: (session.out / "victim" / "piece-1.txt").exists(), 60, session)
+        yield session
+    finally:
+        if session.process is not None and session.process.poll() is None:
+            session.kill()
+
+
+def finishes(session: Session, expected: str) -> None:
+    """The same command makes what is missing, and only that."""
+    made = {path: path.stat().st_mtime_ns for path in session.out.glob("*/piece-*.txt")}
+    status, text = session.run(90)
+    assert status == 0, text
+    assert (session.out / "after" / "result.txt").read_text() == expected
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items()), "what was made is kept"
+    assert len(made) >= 3
+
+
+@pytest.mark.parametrize("victim", RUNTIMES, indirect=True)
+def test_kill_the_orchestrator(victim: Session, undisturbed: str) -> None:
+    """SIGKILL; at once the same command. What the first one left behind does not disturb the second."""
+    token = victim.spec("victim")["token"]
+    assert victim.processes(token)
+    victim.kill()
+    finishes(victim, undisturbed)
+    assert victim.processes(token) == []
+
+
+@pytest.mark.parametrize("victim", ["dask"], indirect=True)
+def test_a_killed_orchestrators_job_ends_by_itself(victim: Session) -> None:
+    token = victim.spec("victim")["token"]
+    victim.kill()
+    all_gone(victim, token, timeout=5)
+
+
+@pytest.mark.parametrize("victim", ["dask", "mpi"], indirect=True)
+def test_stop(victim: Session, undisturbed: str) -> None:
+    """Ctrl-C."""
+    assert victim.process is not None
+    token = victim.spec("victim")["token"]
+    victim.process.send_signal(signal.SIGINT)
+    status, text = victim.finish(20)
+    assert status == 130
+    assert "galdist: stopped in victim" in text
+    assert "Continue with: galdist run run.yaml" in text
+    assert "Traceback" not in text
+    assert victim.processes(token) == []
+    finishes(victim, undisturbed)
+
+
+@pytest.mark.parametrize("victim", ["ddp", "mpi"], indirect=True)
+@pytest.mark.parametrize("number", [0, 1])
+def test_kill_a_rank(victim: Session, number: int, undisturbed: str) -> None:
+    token = victim.spec("victim")["token"]
+    os.kill(victim.child("victim", number), signal.SIGKILL)
+    killed = time.monotonic()
+    status, text = victim.finish(30)
+    assert time.monotonic() - killed < 15
+    assert status == 1
+    assert re.search(rf"step victim failed after .*: rank {number}: killed by signal 9 \(SIGKILL", text), text
+    assert "Once mended, continue with: galdist run run.yaml" in text
+    assert victim.processes(token) == []
+    finishes(victim, undisturbed)
+
+
+@pytest.mark.parametrize("victim", ["dask"], indirect=True)
+def test_kill_a_dask_worker(victim: Session, undisturbed: str) -> None:
+    """Another one takes over its tasks: the run does not even fail."""
+    main = psutil.Process(victim.child("victim", 0))
+    workers = [p for p in main.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    status, text = victim.finish(60)
+    assert status == 0, text
+    assert (victim.out / "after" / "result.txt").read_text() == undisturbed
+
+
+@pytest.mark.parametrize("victim", ["dask"], indirect=True)
+def test_kill_the_dask_process(victim: Session, undisturbed: str) -> None:
+    """The one with client and scheduler: the step fails, its workers end, the same command continues."""
+    token = victim.spec("victim")["token"]
+    os.kill(victim.child("victim", 0), signal.SIGKILL)
+    status, text = victim.finish(30)
+    assert status == 1
+    assert "step victim failed" in text
+    assert victim.processes(token) == []
+    finishes(victim, undisturbed)
+
+
+@pytest.mark.parametrize("victim", ["pieces"], indirect=True)
+def test_a_second_run_is_refused_while_the_first_works(victim: Session) -> None:
+    second = Session(victim.folder, victim.command, victim.out)
+    status, text = second.run(30)
+    assert status == 2
+    assert victim.process is not None
+    assert f"in use by another run: process {victim.process.pid} on" in text
+    assert victim.finish(60)[0] == 0
+
+
+# The real pipeline, in miniature.
+
+QUICKSTART = config.experiments().get("quickstart")
+"""The run that ships; these tests run it smaller."""
+MINIATURE: list[str] = []
+"""``--set`` values that make the quickstart a matter of seconds."""
+
+
+def tables(out: Path) -> dict[str, Any]:
+    """Everything that must not depend on interruptions: results and spectra."""
+    found = {str(path.relative_to(out)): json.loads(path.read_text()) for path in out.glob("*/metrics.json")}
+    return found | {
+        str(path.relative_to(out)): json.loads(path.read_text()) for path in out.glob("*/spectra.json")
+    }
