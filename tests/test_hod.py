@@ -36,7 +36,8 @@ def halos(n=300, seed=0, box_size=25.0):
     rng = np.random.default_rng(seed)
     mass = halo_masses(n, seed) * 3
     radius = 0.16 * (mass / 1e12) ** (1 / 3)
-    return Halos(mass, mass, radius, rng.uniform(0, box_size, (n, 3)), box_size, 0.0)
+    position = rng.uniform(0, box_size, (n, 3))
+    return Halos(mass, radius, concentration(mass, 0.0, "200c"), position, box_size)
 
 
 def test_parameters_are_recovered_within_their_errors():
@@ -142,10 +143,7 @@ def test_radii_follow_the_nfw_profile(c):
 def test_satellites_are_distributed_as_in_halotools():
     models = pytest.importorskip("halotools.empirical_models")
     n, c = 20_000, 8.0
-    mass_of_c = 2e12 * (c / 5.71) ** (-1 / 0.084)
-    one = Halos(
-        *(np.array([v]) for v in (mass_of_c, mass_of_c, 0.3)), np.array([[12.0, 12.0, 12.0]]), 25.0, 0.0
-    )
+    one = Halos(np.array([1e13]), np.array([0.3]), np.array([c]), np.full((1, 3), 12.0), 25.0)
     rng = np.random.default_rng(0)
     offset = one.place(np.zeros(n, int), rng.random((n, 3))) - 12.0
     ours = np.sqrt((offset**2).sum(axis=1)) / 0.3
@@ -157,16 +155,16 @@ def test_satellites_are_distributed_as_in_halotools():
         assert stats.kstest(cosine, "uniform", (-1, 2)).pvalue > 1e-3
 
 
-def test_concentration_is_that_of_duffy_2008():
+@pytest.mark.parametrize("definition", ["200c", "200m"])
+def test_concentration_is_that_of_duffy_2008(definition):
     cosmology = pytest.importorskip("colossus.cosmology.cosmology")
     from colossus.halo.concentration import concentration as theirs
 
     cosmology.setCosmology("WMAP5")
     mass = np.geomspace(1e11, 1e15, 9)
     for redshift in (0.0, 1.0):
-        np.testing.assert_allclose(
-            concentration(mass, redshift), theirs(mass, "200c", redshift, "duffy08"), rtol=1e-3
-        )
+        ours = concentration(mass, redshift, definition)
+        np.testing.assert_allclose(ours, theirs(mass, definition, redshift, "duffy08"), rtol=1e-3)
 
 
 def test_painted_galaxies_are_poisson_central_first_and_inside():
@@ -182,7 +180,7 @@ def test_painted_galaxies_are_poisson_central_first_and_inside():
         assert galaxies["position"].max() < sample.box_size
         offset = galaxies["position"] - sample.position[halo]
         offset -= sample.box_size * np.round(offset / sample.box_size)
-        assert np.all(np.linalg.norm(offset, axis=1) <= sample.radius_200c[halo] * (1 + 1e-12))
+        assert np.all(np.linalg.norm(offset, axis=1) <= sample.radius[halo] * (1 + 1e-12))
     numbers = np.array(numbers)
     mean = TRUTH.mean(sample.mass)
     occupied = mean > 0
@@ -222,15 +220,6 @@ def test_expected_counts_are_the_mean_of_realizations():
     assert chi2.mean() == pytest.approx(1, abs=5 * np.sqrt(2 / full.sum()))
 
 
-def test_halos_without_a_radius_hold_their_galaxies_at_the_center():
-    point = Halos(*(np.array([v]) for v in (1e14, 0.0, 0.0)), np.array([[24.99, 0.0, 5.0]]), 25.0, 0.0)
-    galaxies = paint(TRUTH, point, np.random.default_rng(0))
-    assert galaxies["halo"].size > 5
-    np.testing.assert_allclose(
-        galaxies["position"], np.broadcast_to(point.position, galaxies["position"].shape)
-    )
-
-
 def test_hopeless_catalogs_are_refused():
     with pytest.raises(ValueError, match="no halo with a mass"):
         fit([], [])
@@ -254,7 +243,14 @@ def universe(path, n_boxes=4, n_mesh=32, suite="MockA", prefix="A"):
     names = [f"{prefix}_CV_{i}" for i in range(n_boxes)]
     split = ["train"] * (n_boxes - 1) + ["test"]
     attrs = [
-        SimulationAttrs(name=name, box_size=25.0, redshift=0.0, suite=suite, split=where)
+        SimulationAttrs(
+            name=name,
+            box_size=25.0,
+            redshift=0.0,
+            suite=suite,
+            split=where,
+            cosmology={"Omega_m": 0.3},
+        )
         for name, where in zip(names, split, strict=True)
     ]
     fields = [Field(name="galaxy_counts", assignment="ngp"), Field(name="stellar_mass", assignment="ngp")]
@@ -263,7 +259,12 @@ def universe(path, n_boxes=4, n_mesh=32, suite="MockA", prefix="A"):
     for i, simulation in enumerate(attrs):
         sample = halos(2500, seed=10 * len(prefix) + i)
         galaxies = paint(TRUTH, sample, np.random.default_rng(i))
-        table = {name: getattr(sample, name) for name in ("mass", "mass_200c", "radius_200c", "position")}
+        table = {
+            "mass": sample.mass,
+            "mass_200c": np.where(np.arange(sample.mass.size) % 10 == 0, 0.0, sample.mass),
+            "radius_200c": sample.radius,
+            "position": sample.position,
+        }
         number = np.bincount(galaxies["halo"], minlength=sample.mass.size)
         writer.add(
             simulation, {"halos": {**table, "n_galaxies": number}, "galaxies": galaxies, "nbody_halos": table}
@@ -367,6 +368,26 @@ def test_wrong_inputs_are_refused_before_anything_is_written(model_universe, tmp
     store = open_store(other["grids"][0] / "grids.zarr", mode="r+")["B_CV_1"]
     store.write("galaxy_counts", store.read("galaxy_counts") * 2)
     check("same `min_stellar_mass`", other)
+
+
+def test_radii_of_halos_are_those_of_their_mass_definition(model_universe, tmp_path):
+    """Satellites reach to R_200m of the linked mass; M_200c, which some halos lack, has its own radius."""
+    hod(HodConfig(seed=1), model_universe, tmp_path / "a")
+    halos = open_catalog(model_universe["catalogs"][0] / "catalog.zarr").table("A_CV_3", "nbody_halos")
+    galaxies = open_catalog(tmp_path / "a" / "galaxies.zarr").table("A_CV_3", "galaxies")
+    offset = galaxies["position"] - halos["position"][galaxies["halo"]]
+    distance = np.linalg.norm(offset - 25.0 * np.round(offset / 25.0), axis=1)
+    colossus = pytest.importorskip("colossus.halo.mass_so")
+    from colossus.cosmology import cosmology
+
+    cosmology.setCosmology("custom", flat=True, H0=70, Om0=0.3, Ob0=0.05, sigma8=0.8, ns=0.96)
+    reach = colossus.M_to_R(halos["mass"], 0.0, "200m")[galaxies["halo"]] / 1000
+    assert 0.97 < (distance / reach).max() <= 1.001
+    with pytest.raises(ValueError, match="galaxies are in halos without a mass"):
+        hod(HodConfig(seed=1, mass="mass_200c"), model_universe, tmp_path / "b")
+    hod(HodConfig(seed=1, mass="mass_200c", outliers=0.2), model_universe, tmp_path / "c")
+    galaxies = open_catalog(tmp_path / "c" / "galaxies.zarr").table("A_CV_3", "galaxies")
+    assert np.all(halos["mass_200c"][galaxies["halo"]] > 0)
 
 
 def test_a_box_without_halos_is_an_error(tmp_path):

@@ -36,6 +36,8 @@ Array = NDArray[np.float64]
 
 _POINTS_AT_ONCE = 1_000_000  # of the mean field: bounds its memory
 _ONE_SIGMA = 0.683
+_SAME_MASS = 1e-5
+_CRITICAL_DENSITY = 2.7754e11  # today [h^2 Msun / Mpc^3]
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,13 @@ def fit(mass: ArrayLike, n_galaxies: ArrayLike, outliers: float = 0.01) -> Occup
     x = np.log(mass) - x_pivot
 
     # M_min can be the mass of any halo that leaves no more than the allowed outliers in less massive ones.
-    _, steps = np.unique(mass, return_index=True)
+    # Masses that differ by rounding are one mass: halos of as many particles each.
+    steps = np.flatnonzero(np.diff(x, prepend=-np.inf) > _SAME_MASS)
     below = np.cumsum(number) - number + without_mass
     steps = steps[below[steps] <= allowed]
     occupied = np.flatnonzero((number > 0) & (below <= allowed))
-    starts = np.searchsorted(mass, mass[occupied[np.linspace(0, occupied.size - 1, 5).astype(int)]])
+    starts = occupied[np.linspace(0, occupied.size - 1, 5).astype(int)]
+    starts = steps[np.searchsorted(steps, starts, side="right") - 1]
     value = -math.inf
     for start in np.unique(starts):  # the staircase has local maxima
         here = start
@@ -141,6 +145,8 @@ def fit(mass: ArrayLike, n_galaxies: ArrayLike, outliers: float = 0.01) -> Occup
     gradient = np.array([-1 / alpha, a / alpha**2])  # of ln M_1 = -a / alpha in (a, alpha)
     m_1 = math.exp(x_pivot - a / alpha)
 
+    if first == 0:
+        log.warning("M_min is the mass of the lightest halo: the catalogs end before the galaxies do")
     likely = steps[likelihoods >= value + math.log(1 - _ONE_SIGMA)]
     low, high = mass[max(likely.min() - 1, 0)], mass[likely.max()]  # between halos the staircase is flat
     return Occupation(
@@ -193,15 +199,21 @@ def _scan(x: Array, number: Array, coefficients: Array, first: NDArray[np.intp])
     return value
 
 
-def concentration(mass: ArrayLike, redshift: float) -> Array:
-    """c_200c of halos of M_200c = ``mass`` [Msun/h]: Duffy et al. 2008, table 1, full sample, z = 0-2."""
-    relation: Array = 5.71 * (np.asarray(mass, float) / 2e12) ** -0.084 * (1 + redshift) ** -0.47
+_DUFFY_2008 = {"200c": (5.71, -0.084, -0.47), "200m": (10.14, -0.081, -1.01)}
+
+
+def concentration(mass: ArrayLike, redshift: float, definition: Literal["200c", "200m"]) -> Array:
+    """NFW concentration of halos of ``mass`` [Msun/h]: Duffy et al. 2008, table 1, full sample, z = 0-2.
+
+    Mass and radius are those of the sphere of 200 times the critical or the mean density.
+    """
+    amplitude, slope, evolution = _DUFFY_2008[definition]
+    relation: Array = amplitude * (np.asarray(mass, float) / 2e12) ** slope * (1 + redshift) ** evolution
     return relation
 
 
 def nfw_radius(u: ArrayLike, c: ArrayLike) -> Array:
-    """Radius, in units of R_200c, that holds the fraction ``u`` of the mass of an NFW halo of concentration
-    ``c``.
+    """Radius, in units of the halo's, that holds the fraction ``u`` of the mass of an NFW halo.
 
     With m(y) = ln(1 + y) - y / (1 + y) (Navarro, Frenk & White 1997), it solves m(c q) = u m(c) exactly, by
     the Lambert function (Robotham & Howlett 2018).
@@ -215,14 +227,17 @@ def nfw_radius(u: ArrayLike, c: ArrayLike) -> Array:
 
 @dataclass(frozen=True)
 class Halos:
-    """Halos to put galaxies into: masses [Msun/h], M_200c [Msun/h], R_200c and positions [Mpc/h]."""
+    """n halos to put galaxies into."""
 
     mass: Array
-    mass_200c: Array
-    radius_200c: Array
+    """(n,) [Msun/h]; the occupation depends on it."""
+    radius: Array
+    """(n,) of the NFW profile [Mpc/h]."""
+    concentration: Array
+    """(n,) of the NFW profile."""
     position: Array
+    """(n, 3) in [0, box_size) [Mpc/h]."""
     box_size: float
-    redshift: float
 
     def place(self, halo: NDArray[np.intp], u: Array) -> Array:
         """Points of NFW profiles, (n, 3) in [0, box_size): one in each ``halo`` for uniform ``u`` (n, 3).
@@ -230,9 +245,7 @@ class Halos:
         The columns of ``u`` become the enclosed fraction of mass, the cosine of the polar angle and the
         azimuth.
         """
-        # A halo whose sphere was not found has radius 0, and its galaxies are at its center.
-        mass = np.where(self.mass_200c > 0, self.mass_200c, 1e12)
-        radius = nfw_radius(u[:, 0], concentration(mass, self.redshift)[halo]) * self.radius_200c[halo]
+        radius = nfw_radius(u[:, 0], self.concentration[halo]) * self.radius[halo]
         cosine, azimuth = 2 * u[:, 1] - 1, 2 * np.pi * u[:, 2]
         sine = np.sqrt(1 - cosine**2)
         direction = np.stack([sine * np.cos(azimuth), sine * np.sin(azimuth), cosine], axis=1)
@@ -301,8 +314,10 @@ class HodConfig(StrictModel):
     """Suites whose training simulations are fitted; null for all in the catalogs."""
     split: Split = "test"
     """Simulations of the grids whose halos get galaxies."""
-    mass: Literal["mass_200c", "mass"] = "mass_200c"
-    """Halo mass that the occupation depends on: M_200c, or that of all linked particles."""
+    mass: Literal["mass", "mass_200c"] = "mass"
+    """Halo mass that the occupation depends on: that of all linked particles, which every halo has, or
+    M_200c. Satellites reach to R_200m (linked particles have about 200 times the mean density) or R_200c.
+    """
     halos: Literal["nbody_halos", "halos"] = "nbody_halos"
     """Halos that get galaxies: those of the N-body run, or of the run that formed the galaxies."""
     outliers: Annotated[float, Constraint(ge=0, lt=1)] = 0.01
@@ -459,20 +474,32 @@ def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> 
     ValueError
         where there are none.
     """
-    columns = ("mass", "mass_200c", "radius_200c", "position")
+    columns = ["position", config.mass] + ["radius_200c"] * (config.mass == "mass_200c")
     table = catalog.table(grids.attrs.name, config.halos, columns)
-    if table["mass"].size == 0:
+    mass = table[config.mass].astype(float)
+    if not np.any(mass > 0):
         raise ValueError(
             f"{catalog.path}: {grids.attrs.name} has no {config.halos}, so nothing holds galaxies"
         )
-    values = {column: table[column].astype(float) for column in columns}
+    if config.mass == "mass_200c":
+        definition: Literal["200c", "200m"] = "200c"
+        radius = table["radius_200c"].astype(float)
+    else:
+        definition = "200m"
+        omega_m = grids.attrs.cosmology.get("Omega_m")
+        if omega_m is None:
+            raise ValueError(
+                f"{grids.attrs.name}: Omega_m is not known, so neither is the radius of its halos; use "
+                "`mass: mass_200c`"
+            )
+        radius = np.cbrt(mass / (4 / 3 * np.pi * 200 * omega_m * _CRITICAL_DENSITY))  # comoving
     return Halos(
-        mass=values[config.mass],
-        mass_200c=values["mass_200c"],
-        radius_200c=values["radius_200c"],
-        position=values["position"],
+        mass=mass,
+        radius=radius,
+        # Halos without a mass hold nothing: any concentration will do.
+        concentration=concentration(np.where(mass > 0, mass, 1e12), grids.attrs.redshift, definition),
+        position=table["position"].astype(float),
         box_size=grids.attrs.box_size,
-        redshift=grids.attrs.redshift,
     )
 
 
