@@ -1,7 +1,11 @@
-"""Seconds for the power spectrum of a field on a 256^3 mesh: ours on 1 and 2 ranks, Pylians, and a floor.
+"""Power spectrum of a 256^3 field.
 
-Everything is timed in one run on one machine, from the field in memory to the power in bins; imports and a
-first call are not timed. The floor is what scipy's FFT and one `bincount` with known bin numbers take.
+From the field in memory to the power in bins of one fundamental mode; imports and a first call are not
+timed, the best of three others is. Ours (`field_mesh` and `power`: nbodykit, float64, window corrected)
+runs on MPI ranks that read their part of the field from a file in the page cache. Pylians has an
+environment of its own (`tests/benchmarks/pylians.py`) and works in float32. The floor is what scipy's FFT
+and one `bincount` with known bin numbers take in float32. The last column is the time as a multiple of ours
+on one rank.
 """
 
 import json
@@ -97,28 +101,26 @@ def on_rank(path: Path) -> None:
 
 
 def run(n_mesh: int = 256) -> list[dict[str, Any]]:
-    """Rows of ``name``, ``seconds`` and ``ratio`` to ours on one rank; no row for Pylians where it is not."""
+    """Rows of the table; none for Pylians where it is not installed."""
     field = np.random.default_rng(0).gamma(0.5, 2.0, (n_mesh,) * 3).astype(np.float32)
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "field.npy"
         np.save(path, field)
         for ranks in (1, 2):
-            seconds[f"galdist (nbodykit, float64), {ranks} rank{'s' * (ranks > 1)}"] = ours(path, ranks)
+            seconds[f"galdist, {ranks} MPI rank{'s' * (ranks > 1)}"] = ours(path, ranks)
     for threads in (1, 2):
         try:
             found = pylians.run(_PYLIANS, field=field, box=BOX, threads=threads, repeats=REPEATS)
         except pylians.PyliansMissing as missing:
             print(missing, file=sys.stderr)
         else:
-            seconds[f"Pylians 0.12 (float32), {threads} thread{'s' * (threads > 1)}"] = float(
-                found["seconds"]
-            )
+            seconds[f"Pylians 0.12, {threads} thread{'s' * (threads > 1)}"] = float(found["seconds"])
     for workers in (1, 2):
-        name = f"floor: scipy.fft and bincount (float32), {workers} thread{'s' * (workers > 1)}"
+        name = f"floor (scipy.fft, bincount), {workers} thread{'s' * (workers > 1)}"
         seconds[name] = floor(field, workers)
     reference = next(iter(seconds.values()))
-    return [{"name": name, "seconds": value, "ratio": value / reference} for name, value in seconds.items()]
+    return [{"": name, "seconds": value, "ratio": value / reference} for name, value in seconds.items()]
 
 
 if __name__ == "__main__":
@@ -126,4 +128,4 @@ if __name__ == "__main__":
         on_rank(Path(sys.argv[2]))
     else:
         for row in run():
-            print(f"{row['seconds']:8.3f} s  {row['ratio']:6.2f}  {row['name']}")
+            print(*row.values(), sep="\t")
