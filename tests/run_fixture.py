@@ -1,9 +1,10 @@
-"""A small finished run, written with the real stores and the real spectra stage."""
+"""A small finished run with the quickstart's names, written with the real stores and spectra."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import yaml
 
 from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store
+from galdist.statistics.hod import fit
 from galdist.statistics.metrics import Confusion, metric_row, save_metrics
 from hpc import durable
 
@@ -21,11 +23,11 @@ BOXES = {"MockA_CV_0": "train", "MockA_CV_1": "test", "MockB_CV_1": "test"}
 HAS_SPECTRA = find_spec("nbodykit") is not None
 
 STAGES = {
-    "grids": "ingest",
+    "grids-a": "ingest",
     "classifier": "train",
     "regressor": "train",
-    "galaxies": "predict",
-    "occupation": "hod",
+    "r2unet": "predict",
+    "hod": "hod",
     "spectra": "spectra",
     "report": "report",
 }
@@ -51,21 +53,21 @@ def write_run(path: Path, name: str = "tiny", description: str = "A tiny run.") 
     density = {box: _density(rng) for box in BOXES}
     counts = {box: rng.poisson(0.05 * rho**2) for box, rho in density.items()}
     fields = [Field(name="matter_counts", assignment="cic"), Field(name="galaxy_counts", assignment="ngp")]
-    grids = _store(path / "grids" / "grids.zarr", fields, BOXES)
+    grids = _store(path / "grids-a" / "grids.zarr", fields, BOXES)
     for box, rho in density.items():
         grids[box].write("matter_counts", (8 * rho).astype("f4"))
         grids[box].write("galaxy_counts", counts[box].astype("f4"))
-    durable.write_text(path / "grids" / "dask-report.html", "<!doctype html><title>Dask</title>")
+    durable.write_text(path / "grids-a" / "dask-report.html", "<!doctype html><title>Dask</title>")
 
     tests = {box: split for box, split in BOXES.items() if split == "test"}
     predicted = _store(
-        path / "galaxies" / "prediction.zarr",
+        path / "r2unet" / "prediction.zarr",
         [Field(name="galaxy_counts"), Field(name="galaxy_probability"), Field(name="expected_galaxy_counts")],
         tests,
         {"model": "r2unet-regressor", "checkpoint": "0" * 64},
     )
-    occupation = _store(
-        path / "occupation" / "prediction.zarr",
+    hod = _store(
+        path / "hod" / "prediction.zarr",
         [Field(name="galaxy_counts")],
         tests,
         {"model": "hod", "checkpoint": "1" * 64},
@@ -78,20 +80,21 @@ def write_run(path: Path, name: str = "tiny", description: str = "A tiny run.") 
         predicted[box].write("galaxy_probability", (1 - np.exp(-mean)).astype("f4"))
         predicted[box].write("expected_galaxy_counts", mean.astype("f4"))
         simple = 0.075 * density[box]
-        occupation[box].write("galaxy_counts", rng.poisson(simple).astype("f4"))
+        hod[box].write("galaxy_counts", rng.poisson(simple).astype("f4"))
         confusion += Confusion.of(drawn > 0, counts[box] > 0)
-    save_metrics(path / "galaxies", [*confusion.rows("test"), metric_row("threshold", "test", 0.5)])
+    save_metrics(path / "r2unet", [*confusion.rows("test"), metric_row("threshold", "test", 0.5)])
     save_metrics(
-        path / "occupation",
+        path / "hod",
         [
             metric_row("log10 M_min", "train", 11.52, 0.013, "Msun/h"),
             metric_row("alpha", "train", 1.02, 0.04),
         ],
     )
+    _occupation(path / "hod", rng)
     _history(path / "classifier", classifier=True)
     _history(path / "regressor", classifier=False)
     if HAS_SPECTRA:
-        measure_spectra(path, ["galaxies", "occupation"])
+        measure_spectra(path, ["r2unet", "hod"])
     return path
 
 
@@ -101,7 +104,8 @@ def measure_spectra(run: Path, predictions: list[str]) -> None:
         "import sys; from pathlib import Path\n"
         "from galdist.statistics.spectra import SpectraConfig, spectra\n"
         "run, *predictions = map(Path, sys.argv[1:])\n"
-        "spectra(SpectraConfig(), {'grids': [run / 'grids'], 'predictions': [run / p for p in predictions]},"
+        "spectra(SpectraConfig(), {'grids': [run / 'grids-a'],"
+        " 'predictions': [run / p for p in predictions]},"
         " run / 'spectra')"
     )
     subprocess.run(
@@ -110,6 +114,22 @@ def measure_spectra(run: Path, predictions: list[str]) -> None:
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def _occupation(folder: Path, rng: np.random.Generator) -> None:
+    mass = np.sort(3e11 * (1 + rng.pareto(1.0, 2000)))
+    number = rng.poisson(np.where(mass > 5e11, (mass / 2e12) ** 0.9, 0))
+    fitted = fit(mass, number)
+    groups = [np.array(group) for group in np.array_split(np.arange(2000), 12)]
+    bins = {
+        "mass": [mass[group].mean() for group in groups],
+        "n_halos": [group.size for group in groups],
+        "measured": [number[group].mean() for group in groups],
+        "error": [number[group].std() / group.size**0.5 for group in groups],
+        "model": [fitted.mean(mass[group]).mean() for group in groups],
+    }
+    record = {**asdict(fitted), "mass": "mass_200c", "training": ["MockA_CV_0"], "occupation": bins}
+    durable.write_json(folder / "hod.json", record)
 
 
 def _density(rng: np.random.Generator) -> np.ndarray:

@@ -62,7 +62,13 @@ def _slice(ax: Axes) -> None:
     plots.plot_slice(ax, np.arange(64.0).reshape(8, 8), 25.0, "counts", title="cost: 5$ to 10$", vmax=30)
 
 
-DRAWINGS = [_power, _correlation, _transfer, _loss, _scores, _throughput, _slice]
+def _occupation(ax: Axes) -> None:
+    mass = np.geomspace(1e11, 1e14, 10)
+    mean = np.where(mass > 5e11, (mass / 2e12) ** 0.9, 0)
+    plots.plot_occupation(ax, mass, Curve(mean, 0.1 * mean), mean, 5e11)
+
+
+DRAWINGS = [_power, _correlation, _transfer, _loss, _scores, _throughput, _occupation, _slice]
 
 
 def _drawn(draw: Callable[[Axes], None]) -> Axes:
@@ -120,8 +126,8 @@ def test_one_field_looks_the_same_in_every_figure() -> None:
         for draw in (_power, _correlation, _transfer):
             ax = _drawn(draw)
             colors.append({str(line.get_label()): line.get_color() for line in ax.lines if line.get_label()})
-    for name in ("regressor", "occupation"):
-        assert len({found[name] for found in colors}) == 1
+    for name in ("regressor", "regressor, probability", "occupation"):
+        assert len({found[name] for found in colors if name in found}) == 1
     assert PALETTE["occupation"].color == plots.HOD
     assert Palette(["regressor", "classifier", "occupation"], ["occupation"])["truth"] == PALETTE["truth"]
 

@@ -34,9 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_metrics(
         folder / "classifier", [metric_row(f"m {HOSTILE}", f"s {HOSTILE}", 1.5, 0.25, f"u {HOSTILE}")]
     )
-    record = durable.read_json(folder / "grids" / "provenance.json")
+    record = durable.read_json(folder / "grids-a" / "provenance.json")
     record |= {"host": HOSTILE, "versions": {HOSTILE: HOSTILE}, "git_commit": HOSTILE}
-    durable.write_json(folder / "grids" / "provenance.json", record)
+    durable.write_json(folder / "grids-a" / "provenance.json", record)
     return folder
 
 
@@ -83,7 +83,7 @@ def test_page_is_self_contained(page: str, run: Path) -> None:
     assert "url(" not in page.split("<style>")[1].split("</style>")[0]
     links = [str(link["href"]) for link in elements.of("a")]
     ids = {attrs["id"] for _, attrs in elements.tags if "id" in attrs}
-    assert "../grids/dask-report.html" in links
+    assert "../grids-a/dask-report.html" in links
     assert "../classifier/log.txt" in links
     for link in links:
         if link.startswith("#"):
@@ -95,8 +95,8 @@ def test_page_is_self_contained(page: str, run: Path) -> None:
 def test_sections_and_figures_of_everything_the_run_has(page: str, run: Path) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     spectra = ["Spectra"] if HAS_SPECTRA else []
-    assert headings == ["Summary", "Boxes", *spectra, "Training", "Results", "Provenance"]
-    names = {"slices-1", "slices-2", "training-classifier", "training-regressor"}
+    assert headings == ["Summary", "Boxes", *spectra, "Halo occupation", "Training", "Results", "Provenance"]
+    names = {"slices-1", "slices-2", "occupation-hod", "training-classifier", "training-regressor"}
     if HAS_SPECTRA:
         names |= {"spectra-1", "spectra-2"}  # one for each suite
     figures = {path.name for path in (run / "report" / "figures").iterdir()}
@@ -113,7 +113,7 @@ def test_figures_say_which_run_made_them(page: str, run: Path) -> None:
 
 
 def test_numbers_are_those_that_the_steps_saved(page: str, run: Path) -> None:
-    values = {row["metric"]: row["value"] for row in load_metrics(run / "galaxies")}
+    values = {row["metric"]: row["value"] for row in load_metrics(run / "r2unet")}
     text = re.sub("[ \n]+", " ", _Elements(page).text)
     positives = f"{int(values['true_positives']):,}".replace(",", "\u202f")
     assert f"has a galaxy {positives}" in text
@@ -124,9 +124,9 @@ def test_numbers_are_those_that_the_steps_saved(page: str, run: Path) -> None:
 
 def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "tiny")
-    for step in ("regressor", "galaxies", "occupation", "spectra"):
+    for step in ("regressor", "r2unet", "hod", "spectra"):
         shutil.rmtree(run / step, ignore_errors=True)
-    shutil.rmtree(run / "grids" / "grids.zarr")
+    shutil.rmtree(run / "grids-a" / "grids.zarr")
     (run / "classifier" / "done.json").unlink()
     (run / "classifier" / "history.jsonl").write_text("")
     page = _report(run)
@@ -137,7 +137,7 @@ def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
 
 def test_without_predictions_the_test_boxes_are_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "tiny")
-    for step in ("classifier", "regressor", "galaxies", "occupation", "spectra"):
+    for step in ("classifier", "regressor", "r2unet", "hod", "spectra"):
         shutil.rmtree(run / step, ignore_errors=True)
     page = _report(run, boxes=1, slab=3.0)
     assert _report(run, boxes=1, slab=3.0) == page  # the same results, the same page

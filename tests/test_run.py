@@ -49,8 +49,8 @@ def test_importing_galdist_loads_nothing_heavy() -> None:
 
 def test_steps(run: Run) -> None:
     assert run.name == "tiny"
-    assert list(run.steps)[:3] == ["grids", "classifier", "regressor"]
-    grids = run.steps["grids"]
+    assert list(run.steps)[:3] == ["grids-a", "classifier", "regressor"]
+    grids = run.steps["grids-a"]
     assert (grids.stage, grids.state, grids.config) == ("ingest", "done", {"n_mesh": N_MESH})
     assert grids.provenance["host"] == "node01"
     assert run.steps["report"].state == "pending"
@@ -63,10 +63,10 @@ def test_steps(run: Run) -> None:
 def test_metrics_are_a_table(run: Run) -> None:
     table = run.metrics
     assert list(table.columns) == ["step", "metric", "sample", "value", "error", "unit"]
-    occupation = table[table["step"] == "occupation"].set_index("metric")
+    occupation = table[table["step"] == "hod"].set_index("metric")
     assert tuple(occupation.loc["alpha", ["value", "error"]]) == (1.02, 0.04)
     assert occupation.loc["log10 M_min", "unit"] == "Msun/h"
-    recall = table[(table["step"] == "galaxies") & (table["metric"] == "recall")].iloc[0]
+    recall = table[(table["step"] == "r2unet") & (table["metric"] == "recall")].iloc[0]
     assert 0 < recall["value"] < 1
     assert np.isnan(recall["error"])
 
@@ -97,7 +97,7 @@ def test_grids_know_dimensions_coordinates_and_units(run: Run) -> None:
 
 
 def test_predictions_carry_model_and_checkpoint(run: Run) -> None:
-    predicted = run.predictions("galaxies")["MockA_CV_1"]
+    predicted = run.predictions("r2unet")["MockA_CV_1"]
     assert predicted.attrs["model"] == "r2unet-regressor"
     assert predicted.attrs["checkpoint"] == "0" * 64
     assert set(predicted.data_vars) == {"galaxy_counts", "galaxy_probability", "expected_galaxy_counts"}
@@ -108,63 +108,63 @@ def test_predictions_carry_model_and_checkpoint(run: Run) -> None:
 def test_spectra_are_arrays(run: Run) -> None:
     box = run.spectra()["simulations"]["MockA_CV_1"]
     assert isinstance(box["k"], np.ndarray)
-    assert box["cross"]["galaxies"]["r"].shape == box["k"].shape
+    assert box["cross"]["r2unet"]["r"].shape == box["k"].shape
 
 
 def test_a_result_of_several_steps_needs_a_name(run: Run) -> None:
     with pytest.raises(RunError, match="several steps have a training history: classifier, regressor"):
         run.history()
-    with pytest.raises(RunError, match="no step 'clasifier'; the run has grids, classifier"):
+    with pytest.raises(RunError, match="no step 'clasifier'; the run has grids-a, classifier"):
         run.history("clasifier")
-    with pytest.raises(RunError, match=r"step 'grids' \(ingest, done\) has no history.jsonl.*regressor"):
-        run.history("grids")
+    with pytest.raises(RunError, match=r"step 'grids-a' \(ingest, done\) has no history.jsonl.*regressor"):
+        run.history("grids-a")
 
 
 def test_an_unfinished_run_opens(copy: Path) -> None:
-    for step in ("classifier", "regressor", "galaxies", "occupation", "spectra"):
+    for step in ("classifier", "regressor", "r2unet", "hod", "spectra"):
         shutil.rmtree(copy / step, ignore_errors=True)
-    (copy / "grids" / "done.json").unlink()
+    (copy / "grids-a" / "done.json").unlink()
     run = galdist.open_run(copy)
-    assert run.steps["grids"].state == "stopped"
+    assert run.steps["grids-a"].state == "stopped"
     assert run.steps["classifier"].state == "pending"
     assert run.metrics.empty
     with pytest.raises(
-        RunError, match=r"no step has predictions \(prediction.zarr\) yet; steps: grids \(sto"
+        RunError, match=r"no step has predictions \(prediction.zarr\) yet; steps: grids-a \(sto"
     ):
         run.predictions()
-    (copy / "grids" / "grids.zarr" / "zarr.json").unlink()
+    (copy / "grids-a" / "grids.zarr" / "zarr.json").unlink()
     with pytest.raises(StoreError, match=r"grids\.zarr"):
         run.grids()
 
 
 def test_steps_are_looked_up_anew(copy: Path) -> None:
     run = galdist.open_run(copy)
-    (copy / "grids" / "done.json").unlink()
-    assert run.steps["grids"].state == "stopped"
+    (copy / "grids-a" / "done.json").unlink()
+    assert run.steps["grids-a"].state == "stopped"
 
 
 def test_where_there_is_no_run_the_message_says_what_is_there(folder: Path) -> None:
     with pytest.raises(RunError, match=r"tiyn: there is no such folder; .* holds tiny"):
         galdist.open_run(folder.parent / "tiyn")
     with pytest.raises(RunError, match=r"this is a step; its run is .*tiny"):
-        galdist.open_run(folder / "grids")
+        galdist.open_run(folder / "grids-a")
     with pytest.raises(RunError, match=r"there is no run here .*; runs in it: tiny"):
         galdist.open_run(folder.parent)
 
 
 def test_files_that_are_not_what_they_should_be_are_named(copy: Path) -> None:
-    (copy / "grids" / "config.yaml").write_text("a: [")
-    with pytest.raises(RunError, match=r"grids/config\.yaml: not YAML"):
-        print(galdist.open_run(copy).steps["grids"].config)
-    (copy / "grids" / "config.yaml").write_text("- 1")
+    (copy / "grids-a" / "config.yaml").write_text("a: [")
+    with pytest.raises(RunError, match=r"grids-a/config\.yaml: not YAML"):
+        print(galdist.open_run(copy).steps["grids-a"].config)
+    (copy / "grids-a" / "config.yaml").write_text("- 1")
     with pytest.raises(RunError, match=r"config\.yaml: a mapping was expected, not list"):
-        print(galdist.open_run(copy).steps["grids"].config)
+        print(galdist.open_run(copy).steps["grids-a"].config)
 
 
 def test_yaml_is_loaded_safely(copy: Path) -> None:
-    (copy / "grids" / "config.yaml").write_text("a: !!python/object/apply:os.getpid []")
+    (copy / "grids-a" / "config.yaml").write_text("a: !!python/object/apply:os.getpid []")
     with pytest.raises(RunError, match="not YAML"):
-        print(galdist.open_run(copy).steps["grids"].config)
+        print(galdist.open_run(copy).steps["grids-a"].config)
 
 
 def test_history_rows_are_what_was_written(folder: Path, run: Run) -> None:

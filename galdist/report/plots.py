@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
@@ -83,7 +84,8 @@ class Palette:
         if not field:
             return look
         line = ":" if field.startswith("expected") else "-."
-        return look._replace(name=f"{step}: {field.replace('_', ' ')}", line=line, marker="")
+        what = field.replace("galaxy_", "").removesuffix("_counts").replace("_", " ")
+        return look._replace(name=f"{step}, {what}", line=line, marker="")
 
 
 class Curve(NamedTuple):
@@ -128,7 +130,8 @@ def style() -> Iterator[None]:
 
 def figure(columns: int = 1, rows: int = 1, panel: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
     """A figure of ``rows x columns`` panels, without any global state, and its Axes, row by row."""
-    created = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    created = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout=layout)
     return created, list(created.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -322,6 +325,42 @@ def plot_transfer(
     _legend(ax)
 
 
+def plot_occupation(
+    ax: Axes,
+    mass: ArrayLike,
+    measured: Curve,
+    model: ArrayLike,
+    M_min: float,
+) -> None:
+    """Mean number of galaxies in halos of ``mass`` [Msun/h], measured in bins and as fitted; both axes are
+    logarithmic, so bins without galaxies are not seen.
+
+    ``M_min`` [Msun/h], below which the fitted model has none, is marked.
+    """
+    value = np.where(measured.value > 0, measured.value, np.nan)
+    below = np.minimum(measured.error, 0.9 * value)  # a bar to zero would have no end here
+    ax.errorbar(
+        mass,
+        value,
+        (below, measured.error),
+        fmt="o",
+        color=INK,
+        elinewidth=0.8,
+        label="truth, training boxes",
+    )
+    ax.plot(mass, np.where(np.asarray(model) > 0, model, np.nan), "--", color=HOD, label="fit")
+    ax.axvline(M_min, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel=r"$M\ \ [h^{-1}\,\mathrm{M}_\odot]$",
+        ylabel=r"$\langle N_\mathrm{gal} \rangle$",
+    )
+    low, high = ax.get_ylim()
+    _decimal_ticks(ax.yaxis, high / low)
+    _legend(ax)
+
+
 def _curves(
     ax: Axes,
     k: ArrayLike,
@@ -399,15 +438,11 @@ def _legend(ax: Axes, handles: Sequence[object] | None = None) -> None:
     if not found:
         return
     # Characters and handles in inches; a legend wider than its Axes would squeeze them.
-    widths = [0.055 * len(label) + 0.42 for label in labels]
+    widths = [0.06 * len(label) + 0.45 for label in labels]
     columns = next(
         n
         for n in range(len(found), 0, -1)
-        if n == 1
-        or sum(
-            max(widths[c * -(-len(found) // n) : (c + 1) * -(-len(found) // n)], default=0) for c in range(n)
-        )
-        < 2.9
+        if n == 1 or sum(max(column) for column in np.array_split(widths, n)) < 2.9
     )
     ax.legend(
         found,

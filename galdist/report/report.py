@@ -90,14 +90,15 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         (
             ("Boxes", partial(_slices, artist, config, steps, stores, predictions)),
             ("Spectra", partial(_spectra, artist, steps, stores)),
+            ("Halo occupation", partial(_occupation, artist, steps)),
             ("Training", partial(_training, artist, steps)),
         )
     ):
-        progress.report(number, 4, title)
+        progress.report(number, 5, title)
         if blocks := draw():
-            sections.append({"title": title, "id": title.lower(), "blocks": blocks})
+            sections.append({"title": title, "id": title.lower().replace(" ", "-"), "blocks": blocks})
 
-    progress.report(3, 4, "page")
+    progress.report(4, 5, "page")
     simulations = {name for store in (*stores.values(), *predictions.values()) for name in store}
     results = _results(steps, simulations)
     page = _environment().get_template("template.html").render(
@@ -113,7 +114,7 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         versions=_versions(steps),
     )  # fmt: skip
     durable.write_text(out / FILE, page)
-    progress.report(4, 4)
+    progress.report(5, 5)
 
 
 def _environment() -> jinja2.Environment:
@@ -212,6 +213,7 @@ class _Artist:
                         metadata=about | extra,
                         facecolor=plots.GROUND if suffix == ".png" else "none",
                     )
+                drawn.set_layout_engine("none")  # the layout of the first file serves both
         files = [f"{FIGURES}/{name}{suffix}" for suffix in (".pdf", ".png")]
         return _Block(title, f"{caption} {origin}", images, files)
 
@@ -282,7 +284,7 @@ def _slices(
         caption = f"{what} and what is predicted from it, projected through {where}."
         used = [by_name[step], *(by_name[label] for label in holders)]
         blocks.append(
-            artist.block(f"slices-{number}", name, caption, panels, used, size=(2.7, 3.3), columns=4)
+            artist.block(f"slices-{number}", name, caption, panels, used, size=(2.7, 3.45), columns=4)
         )
     return blocks
 
@@ -441,10 +443,10 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     noises, _ = _curves(boxes, "fields", "shot_noise_power")
     correlations, single_correlations = _curves(boxes, "cross", "r")
     transfers, single_transfers = _curves(boxes, "cross", "transfer")
-    # The matter's r says how hard the task is; its T (the inverse bias) would only stretch the axis. Mean
-    # fields and probabilities (`step:field`) have less power than galaxies have: what counts is their r.
-    transfers = {label: curve for label, curve in transfers.items() if label != MATTER and ":" not in label}
-    powers = {label: curve for label, curve in powers.items() if ":" not in label}
+    # The matter's r says how hard the task is; its T (the inverse bias) would only stretch the axis. Of
+    # fields that are no counts (`step:galaxy_probability`) the amplitude has no meaning, only r.
+    transfers = {label: curve for label, curve in transfers.items() if label != MATTER and _is_count(label)}
+    powers = {label: curve for label, curve in powers.items() if _is_count(label)}
     panels = [
         _Panel(
             lambda ax, palette: plots.plot_power(
@@ -472,6 +474,12 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     return panels
 
 
+def _is_count(label: str) -> bool:
+    """Whether a label stands for galaxies, or for their mean numbers (``step:expected_...``)."""
+    field = label.partition(":")[2]
+    return not field or field.startswith("expected")
+
+
 def _curves(
     boxes: list[dict[str, Any]], group: str, key: str
 ) -> "tuple[dict[str, Curve], dict[str, list[NDArray[np.float64]]]]":
@@ -487,6 +495,44 @@ def _curves(
         means[label] = Curve(np.mean(values, axis=0), np.sqrt(np.sum(np.square(errors), axis=0)) / len(boxes))
         single[label] = values if len(boxes) > 1 else []
     return means, single
+
+
+def _occupation(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
+    """Mean numbers of galaxies that halo occupation models were fitted to."""
+
+    blocks = []
+    for step in steps:
+        if not step.has("hod.json"):
+            continue
+        fitted = durable.read_json(step.path / "hod.json")
+        bins = {key: np.array(values, float) for key, values in fitted["occupation"].items()}
+        parameters = (
+            f"M_min = {fitted['M_min']:.3g} Msun/h, M_1 = {fitted['M_1']:.3g} Msun/h, "
+            f"alpha = {fitted['alpha']:.3g}"
+        )
+        panel = _Panel(
+            partial(_draw_occupation, bins, fitted["M_min"]),
+            f"Mean number of galaxies in halos against halo mass, measured and fitted: {parameters}.",
+        )
+        n_boxes = len(fitted["training"])
+        caption = (
+            f"Mean number of galaxies in the {fitted['n_halos']} halos of {n_boxes} training "
+            f"{'box' if n_boxes == 1 else 'boxes'} by mass ({fitted['mass']}), and "
+            f"the fitted (M/M_1)^alpha above M_min (dotted): {parameters}. Bars: error of the mean."
+        )
+        blocks.append(artist.block(f"occupation-{step.name}", step.name, caption, [panel], [step]))
+    return blocks
+
+
+def _draw_occupation(
+    bins: Mapping[str, NDArray[np.float64]], m_min: float, ax: "Axes", palette: "Palette"
+) -> None:
+    from galdist.report import plots
+
+    del palette  # truth and fit have the colors that every figure gives them
+    plots.plot_occupation(
+        ax, bins["mass"], plots.Curve(bins["measured"], bins["error"]), bins["model"], m_min
+    )
 
 
 def _ends(k: NDArray[np.float64], curves: "Mapping[str, Curve]", unit: str = "") -> str:
@@ -597,14 +643,15 @@ def _headlines(
     """What a reader looks for first: recall and accuracy of predictions, r of each with the truth."""
     found = []
     for row in results:
-        correlation = re.fullmatch(r"r/([^:/]+)/k(.+)", row["metric"])
+        correlation = re.fullmatch(r"r/([^:/]+)(:expected_[^/]+)?/k(.+)", row["metric"])
         if row["box"]:
             continue
         if row["step"] in predictions and row["metric"] in ("recall", "accuracy"):
             found.append({"label": f"{row['metric']}, {row['step']}", "text": row["text"]})
         elif correlation and correlation[1] in predictions:
-            band = correlation[2].replace("-", " to ")
-            label = f"r of {correlation[1]} with truth, k = {band} h/Mpc"
+            band = correlation[3].replace("-", " to ")
+            what = f"{correlation[1]} ({_words(correlation[2][1:])})" if correlation[2] else correlation[1]
+            label = f"r of {what} with truth, k = {band} h/Mpc"
             found.append({"label": label, "text": row["text"]})
     return found
 
