@@ -85,8 +85,8 @@ def test_order_of_particles_does_not_matter_to_the_last_bit(scheme: Scheme) -> N
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_particles_that_jump_about_are_sorted_first_with_the_same_result(scheme: Scheme) -> None:
     positions, weights = particles(60_000), np.random.default_rng(2).uniform(1, 2, 60_000)
-    rows = (positions * 128 / BOX).astype(int)
-    in_order = np.lexsort((rows[:, 1], rows[:, 2]))
+    blocks = (positions * 16 / BOX).astype(int)
+    in_order = np.lexsort((blocks[:, 1], blocks[:, 2]))
     assert _jump_about(positions, BOX, 128)
     assert not _jump_about(positions[in_order], BOX, 128)
     for share in (None, weights):

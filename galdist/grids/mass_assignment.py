@@ -24,6 +24,8 @@ REACH = {"ngp": 0.5, "cic": 1.0, "tsc": 1.5}
 _ROUND = np.float64(3 << 51) * 2.0**-30  # x + _ROUND - _ROUND is x to the nearest multiple of 2^-30
 _BATCH = 1 << 24  # particles sorted at a time
 _BLOCK_BITS = 3
+_WINDOW = 1 << 11  # particles of a sample
+_IN_CACHE = 24  # blocks of rows
 
 
 def assign(
@@ -102,12 +104,16 @@ def assign(
 
 
 def _jump_about(positions: NDArray[Any], box_size: float, n_mesh: int) -> bool:
-    """Whether most particles are far, in rows of cells, from those before them; on a sample."""
-    if len(positions) < 1 << 15:
+    """Whether particles that follow one another lie in more blocks of rows than caches hold; on a sample."""
+    if len(positions) < _WINDOW << 4:
         return False  # sorting would not pay
-    sample = np.linspace(0, len(positions) - 2, 1024).astype(np.int64)
-    step = np.abs(positions[sample + 1, 1:] - positions[sample, 1:]).max(axis=1)
-    return bool(np.median(np.minimum(step, box_size - step)) > 16 * box_size / n_mesh)
+    scale = n_mesh / (box_size * (1 << _BLOCK_BITS))
+    n_blocks = []
+    for start in np.linspace(0, len(positions) - _WINDOW, 5).astype(np.int64):
+        with np.errstate(invalid="ignore"):  # the kernels count what is not a number
+            block = (positions[start : start + _WINDOW, 1:] * scale).astype(np.int64)
+        n_blocks.append(len(np.unique(block[:, 1] * n_mesh + block[:, 0])))
+    return bool(np.median(n_blocks) > _IN_CACHE)
 
 
 def _in_blocks(
