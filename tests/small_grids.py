@@ -19,7 +19,7 @@ SPLITS = ("train", "train", "validation", "test")
 
 
 def make_grids(step: Path, n_mesh: int = 16, splits: Sequence[str] = SPLITS, seed: int = 0) -> GridStore:
-    """A step folder with lognormal matter counts and galaxies, Poisson with a mean that grows as density squared."""
+    """A step folder with lognormal matter counts and galaxies: Poisson, their mean the density squared."""
     simulations = [
         SimulationAttrs(name=f"box_{n}", box_size=25.0, redshift=0.0, suite="lognormal", split=split)
         for n, split in enumerate(splits)
@@ -59,9 +59,10 @@ def free_port() -> int:
 
 
 _RANK = """
-import sys
+import logging, sys
 from pathlib import Path
 from hpc import durable
+logging.basicConfig(level=logging.INFO)
 spec = durable.read_json(sys.argv[1])
 from {module} import {function} as stage, {config} as Config
 inputs = {{role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}}
@@ -70,7 +71,7 @@ stage(Config(**spec["config"]), inputs, Path(spec["out"]))
 
 
 class Ranks:
-    """Processes that call a stage together, as a launcher starts them; a context manager that leaves none behind."""
+    """Processes that call a stage together, as a launcher starts them; none is left after a `with`."""
 
     def __init__(
         self, stage: str, config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, n_ranks: int = 1

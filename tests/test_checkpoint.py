@@ -119,7 +119,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model: R2UNetClass
         model.network.head.bias.add_(1)
     save_model(tmp_path / "other", model, model.state_dict(), {})
     (tmp_path / "other" / "weights.safetensors").rename(tmp_path / "model" / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="is not the file that model.yaml describes"):
+    with pytest.raises(CheckpointError, match=r"is not the file that model\.yaml describes"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="no trained model here"):
         load_model(tmp_path / "nowhere")

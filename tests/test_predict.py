@@ -1,0 +1,155 @@
+"""Predictions: tiles are the whole box, a broken-off run goes on, metrics are those of the written fields."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_grids import CLASSIFIER, make_grids
+
+from galdist.grids.store import open_store
+from galdist.statistics.metrics import load_metrics
+from galdist.training.checkpoint import load_model
+from galdist.training.predict import PredictConfig, predict
+from galdist.training.train import TrainConfig, train
+from hpc import durable
+
+N_MESH = 32
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Grids, a classifier and a regressor; reach 9, so that a mesh of 32 has tiles of 8."""
+    folder = tmp_path_factory.mktemp("predict")
+    make_grids(folder / "grids", N_MESH, ("train", "validation", "test", "test"))
+    shape = {"channels": [4, 4], "recurrence": 0}
+    classifier = CLASSIFIER | {
+        "model": {"name": "r2unet-classifier", "positive_weight": 20, "recall": 0.9} | shape
+    }
+    fast = {"epochs": 3, "optimizer": {"learning_rate": 1e-2}}
+    train(TrainConfig(**classifier | fast), {"grids": [folder / "grids"]}, folder / "classifier")
+    regressor = CLASSIFIER | {"model": {"name": "r2unet-regressor", "nonempty_weight": 5} | shape}
+    inputs = {"grids": [folder / "grids"], "models": [folder / "classifier"]}
+    train(TrainConfig(**regressor | fast), inputs, folder / "regressor")
+    return {name: folder / name for name in ("grids", "classifier", "regressor")}
+
+
+def run(steps: dict[str, Path], out: Path, model: str = "regressor", **config: Any) -> Path:
+    predict(PredictConfig(**config), {"grids": [steps["grids"]], "model": [steps[model]]}, out)
+    return out
+
+
+def fields(out: Path) -> dict[tuple[str, str], np.ndarray]:
+    store = open_store(out / "prediction.zarr")
+    return {(name, field): store[name].read(field) for name in store for field in store[name].fields}
+
+
+def test_a_prediction_has_the_schema_of_the_truth(steps: dict[str, Path], tmp_path: Path) -> None:
+    run(steps, tmp_path)
+    truth, store = open_store(steps["grids"] / "grids.zarr"), open_store(tmp_path / "prediction.zarr")
+    assert store.names() == truth.names("test")
+    assert store.attrs["model"] == "r2unet-regressor"
+    assert store.attrs["checkpoint"] == load_model(steps["regressor"])[1]
+    for name in store:
+        assert store[name].attrs == truth[name].attrs
+        assert store[name].fields == ["galaxy_counts", "galaxy_probability"]
+        counts, probability = (store[name].read(field) for field in store[name].fields)
+        assert counts.min() == 0 < counts.max()
+        assert 0 <= probability.min() < probability.max() <= 1
+
+
+@pytest.mark.parametrize("tile", [8])
+def test_tiles_are_exact(steps: dict[str, Path], tmp_path: Path, tile: int) -> None:
+    whole = fields(run(steps, tmp_path / "whole", tile=N_MESH))
+    tiled = run(steps, tmp_path / "tiled", tile=tile)
+    assert len(list((tiled / "parts").iterdir())) == 2 * N_MESH // tile
+    for key, values in fields(tiled).items():
+        assert np.abs(values - whole[key]).max() < 1e-5 * whole[key].max()
+    wanted = {(row["metric"], row["sample"]): row["value"] for row in load_metrics(tmp_path / "whole")}
+    for row in load_metrics(tiled):
+        assert row["value"] == pytest.approx(wanted[row["metric"], row["sample"]], rel=1e-4), row
+
+
+def test_a_smaller_halo_is_an_approximation(steps: dict[str, Path], tmp_path: Path) -> None:
+    whole = fields(run(steps, tmp_path / "whole", tile=N_MESH))
+    rough = fields(run(steps, tmp_path / "rough", tile=8, halo=2))
+    key = ("box_2", "galaxy_probability")
+    difference = np.abs(rough[key] - whole[key]).max()
+    assert 1e-5 * whole[key].max() < difference < 0.5
+
+
+def test_metrics_are_those_of_the_fields(steps: dict[str, Path], tmp_path: Path) -> None:
+    run(steps, tmp_path)
+    model, _ = load_model(steps["regressor"])
+    metrics = {(row["metric"], row["sample"]): row["value"] for row in load_metrics(tmp_path)}
+    truth = open_store(steps["grids"] / "grids.zarr")
+    called, labels = [], []
+    for name in ("box_2", "box_3"):
+        predicted = open_store(tmp_path / "prediction.zarr")[name]
+        called.append(predicted.read("galaxy_probability") >= model.classifier.threshold.item())
+        labels.append(truth[name].read("galaxy_counts") > 0)
+        assert metrics["true_positives", name] == (called[-1] & labels[-1]).sum()
+        assert metrics["false_positives", name] == (called[-1] & ~labels[-1]).sum()
+    assert metrics["recall", "all"] == (np.array(called) & labels).sum() / np.sum(labels)
+    assert metrics["accuracy", "all"] == (np.array(called) == labels).mean()
+
+
+def test_a_broken_off_prediction_goes_on(
+    steps: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(steps, tmp_path / "whole", tile=8)
+    done = []
+    write_json = durable.write_json
+
+    def fails_at_the_third(path: Path, value: Any) -> None:
+        if len(done) == 2:
+            raise OSError(28, "No space left on device")
+        done.append(path.name)
+        write_json(path, value)
+
+    monkeypatch.setattr(durable, "write_json", fails_at_the_third)
+    with pytest.raises(OSError, match="No space"):
+        run(steps, tmp_path / "cut", tile=8)
+    written = {name: (tmp_path / "cut" / "parts" / name).stat().st_mtime_ns for name in done}
+    monkeypatch.setattr(durable, "write_json", write_json)
+    run(steps, tmp_path / "cut", tile=8)
+    assert {name: (tmp_path / "cut" / "parts" / name).stat().st_mtime_ns for name in done} == written
+    found, expected = fields(tmp_path / "cut"), fields(whole)
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert load_metrics(tmp_path / "cut") == load_metrics(whole)
+
+
+def test_matter_alone_is_enough(steps: dict[str, Path], tmp_path: Path) -> None:
+    """Boxes without galaxies: an N-body run that nobody has painted."""
+    from galdist.grids.store import Field, SimulationAttrs, create_store
+
+    attrs = SimulationAttrs(name="dark", box_size=25.0, redshift=0.0, suite="dark", split="test")
+    store = create_store(tmp_path / "grids" / "grids.zarr", [attrs], [Field(name="matter_counts")], N_MESH)
+    matter = open_store(steps["grids"] / "grids.zarr")["box_2"].read("matter_counts")
+    store["dark"].write("matter_counts", matter)
+    run(steps, tmp_path / "known")
+    run(steps | {"grids": tmp_path / "grids"}, tmp_path / "dark")
+    key = "galaxy_counts"
+    assert np.array_equal(fields(tmp_path / "dark")["dark", key], fields(tmp_path / "known")["box_2", key])
+    assert load_metrics(tmp_path / "dark") == []
+
+
+def test_bf16_is_close(steps: dict[str, Path], tmp_path: Path) -> None:
+    exact = fields(run(steps, tmp_path / "fp32", model="classifier"))
+    rough = fields(run(steps, tmp_path / "bf16", model="classifier", precision="bf16"))
+    for key, values in rough.items():
+        assert (
+            0 < np.abs(torch.logit(torch.tensor(values)) - torch.logit(torch.tensor(exact[key]))).max() < 0.3
+        )
+
+
+def test_nothing_to_predict_is_an_error(steps: dict[str, Path], tmp_path: Path) -> None:
+    make_grids(tmp_path / "grids", N_MESH, ("train", "validation"))
+    with pytest.raises(ValueError, match="no simulation has the split 'test'"):
+        run(steps | {"grids": tmp_path / "grids"}, tmp_path / "out")
+    twice = {"grids": [steps["grids"], steps["grids"]], "model": [steps["regressor"]]}
+    with pytest.raises(ValueError, match="in two stores"):
+        predict(PredictConfig(), twice, tmp_path / "out")
+    with pytest.raises(ValueError, match="multiple of 2"):
+        run(steps, tmp_path / "out", tile=3)

@@ -1,0 +1,238 @@
+"""The loop: what it writes, what it refuses, and that a killed run ends with the same weights."""
+
+import json
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from small_grids import CLASSIFIER, Ranks, make_grids
+
+from galdist.statistics.metrics import load_metrics
+from galdist.training.checkpoint import Checkpoints, load_model
+from galdist.training.train import CosineSchedule, HalvingSchedule, TrainConfig, train
+from hpc import ddp
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    step = tmp_path_factory.mktemp("train") / "grids"
+    make_grids(step)
+    return step
+
+
+def run(grids: Path, out: Path, models: tuple[Path, ...] = (), **changes: Any) -> dict[str, torch.Tensor]:
+    train(TrainConfig(**CLASSIFIER | changes), {"grids": [grids], "models": list(models)}, out)
+    return weights(out)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "weights.safetensors")
+
+
+def last_weights(out: Path) -> dict[str, torch.Tensor]:
+    """Weights after the last step; those of `weights` are the best epoch's."""
+    checkpoints = Checkpoints(out / "checkpoints")
+    name = checkpoints.latest()
+    assert name is not None
+    return checkpoints.weights(name)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def history(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_and_leaves_model_history_and_metrics(grids: Path, tmp_path: Path) -> None:
+    run(grids, tmp_path, epochs=4, optimizer={"learning_rate": 1e-2}, ema_decay=0.5)
+    rows = history(tmp_path)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert rows[-1]["validation_loss"] < rows[0]["validation_loss"]
+    for row in rows:
+        assert 0 <= row["data_wait_fraction"] <= 1
+        assert row["samples_per_second"] > 0
+        assert {
+            "seconds",
+            "train_loss",
+            "accuracy",
+            "recall",
+            "precision",
+            "pr_auc",
+            "learning_rate",
+        } <= row.keys()
+    best = min(rows, key=lambda row: row["validation_loss"])
+    metrics = {row["metric"]: row["value"] for row in load_metrics(tmp_path)}
+    assert metrics["recall"] == best["recall"] >= 0.95
+    assert metrics["validation_loss"] == best["validation_loss"]
+    model, _ = load_model(tmp_path)
+    assert model.threshold.item() == best["threshold"]
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_tensorboard_holds_curves_and_images(grids: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(grids, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "epoch/validation_loss", "epoch/pr_auc"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["validation/galaxy_probability"]
+    losses = [event.value for event in events.Scalars("epoch/validation_loss")]
+    assert losses == pytest.approx([row["validation_loss"] for row in history(tmp_path)])
+
+
+def test_a_finished_training_is_not_done_again(grids: Path, tmp_path: Path) -> None:
+    first = run(grids, tmp_path)
+    before = history(tmp_path)
+    assert same(run(grids, tmp_path), first)
+    assert history(tmp_path) == before
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(grids: Path, tmp_path: Path) -> None:
+    whole = run(grids, tmp_path / "whole")
+    parts = run(grids, tmp_path / "parts", accumulate=4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_the_regressor_trains_on_top_of_the_classifier(grids: Path, tmp_path: Path) -> None:
+    run(grids, tmp_path / "classifier", epochs=4, optimizer={"learning_rate": 1e-2})
+    model = {"name": "r2unet-regressor", "channels": [4, 8], "recurrence": 1}
+    run(grids, tmp_path / "regressor", models=(tmp_path / "classifier",), model=model, ema_decay=0.5)
+    assert {"rmse", "correlation", "count_ratio"} <= history(tmp_path / "regressor")[-1].keys()
+    regressor, _ = load_model(tmp_path / "regressor")
+    classifier = weights(tmp_path / "classifier")
+    assert same(dict(regressor.classifier.state_dict()), classifier)
+    with pytest.raises(ValueError, match="name the step that trained it"):
+        run(grids, tmp_path / "other", model=model)
+
+
+def test_training_stops_when_validation_no_longer_improves(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a learning rate that is far too large: after the first epochs nothing gets better
+    run(grids, tmp_path, epochs=30, early_stopping=2, optimizer={"learning_rate": 0.3})
+    rows = history(tmp_path)
+    best = min(range(len(rows)), key=lambda n: rows[n]["validation_loss"])
+    assert len(rows) == best + 3 < 30
+    described = load_model(tmp_path)[0]
+    assert described.threshold.item() == rows[best]["threshold"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(grids: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate"):
+        run(grids, tmp_path, optimizer={"learning_rate": 1e30}, clip_norm=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"name": "r2unet"}}, "did you mean 'r2unet-"),
+        ({"model": {"name": "r2unet-classifier", "chanels": [4]}}, "chanels"),
+        ({"model": {"channels": [4]}}, "a model has a name"),
+        ({"schedule": {"kind": "cosine", "every": 3}}, "every"),
+        ({"batch_size": 6, "accumulate": 4}, "not a multiple"),
+        ({"precision": "fp16"}, "fp32"),
+    ],
+)
+def test_wrong_settings_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainConfig(**CLASSIFIER | changes)
+
+
+def test_settings_survive_the_run_file() -> None:
+    config = TrainConfig(**CLASSIFIER | {"schedule": {"kind": "halving", "every": 4}})
+    dumped = config.model_dump(mode="json")
+    assert dumped["model"]["positive_weight"] == 20
+    assert TrainConfig.model_validate(dumped) == config
+
+
+def test_data_and_network_must_fit(grids: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.crop is 9.*multiple of 2"):
+        run(grids, tmp_path, data={"crop": 9, "workers": 0})
+
+
+def test_schedules() -> None:
+    halving = HalvingSchedule(kind="halving", every=4)
+    assert [halving.factor(10 * epoch + 9, 10, 20) for epoch in (0, 3, 4, 8)] == [1, 1, 0.5, 0.25]
+    cosine = CosineSchedule(kind="cosine", warmup_steps=10, floor=0.1)
+    factors = [cosine.factor(step, 10, 11) for step in range(111)]
+    assert factors[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
+    assert factors[60] == pytest.approx(0.55)
+    assert factors[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(factors[10:]))
+
+
+LONG = {"epochs": 3, "ema_decay": 0.9, "checkpoint_minutes": 1e-6, "data": {"crop": 8, "crops_per_box": 32}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("train") / "uninterrupted"
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.succeed()
+    return out
+
+
+def comparable(out: Path) -> list[dict[str, float]]:
+    """The history without what depends on the clock."""
+    clock = {"seconds", "samples_per_second", "data_wait_fraction"}
+    return [{name: value for name, value in row.items() if name not in clock} for row in history(out)]
+
+
+@pytest.mark.parametrize("step", [5, 37])
+def test_a_killed_training_ends_with_the_same_weights(
+    grids: Path, uninterrupted: Path, tmp_path: Path, step: int
+) -> None:
+    out = tmp_path / "out"
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.signal_when(out / "checkpoints", f"step-000000{step:02d}", 1, signal.SIGKILL)
+        assert ranks.wait() == [-signal.SIGKILL]
+    assert not (out / "model").exists()
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.succeed()
+    assert "continues from step-" in ranks.log.read_text()
+    assert same(last_weights(out), last_weights(uninterrupted))
+    assert same(weights(out), weights(uninterrupted))
+    assert comparable(out) == comparable(uninterrupted)
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
+    grids: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.signal_when(out / "checkpoints", "step-00000020", 1, signal.SIGKILL)
+        ranks.wait()
+    newest = max((out / "checkpoints").glob("step-*"))
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.succeed()
+    assert f"checkpoint {newest.name} cannot be used" in ranks.log.read_text()
+    assert same(last_weights(out), last_weights(uninterrupted))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_saves_its_step(
+    grids: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    long = LONG | {"checkpoint_minutes": 60}
+    with Ranks("train", CLASSIFIER | long, {"grids": [grids]}, out) as ranks:
+        ranks.signal_when(out / "cache", "*/*.npy", 2, signum)  # training has begun, no epoch is done
+        assert ranks.wait() == [128 + signum]
+    saved = sorted((out / "checkpoints").glob("step-*"))
+    assert saved
+    assert int(saved[-1].name[5:]) < 48
+    assert ddp.Stopped(signum).code == 128 + signum
+    with Ranks("train", CLASSIFIER | long, {"grids": [grids]}, out) as ranks:
+        ranks.succeed()
+    assert same(last_weights(out), last_weights(uninterrupted))
