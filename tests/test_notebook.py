@@ -64,6 +64,7 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_notebook_runs_on_the_real_pipeline_at_small_size(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "galdist", "run", "quickstart"]
     for setting in SMALL:
@@ -74,7 +75,7 @@ def test_the_notebook_runs_on_the_real_pipeline_at_small_size(tmp_path: Path) ->
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1000,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

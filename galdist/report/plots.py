@@ -189,8 +189,7 @@ def plot_slice(
         extent=(0, box_size, 0, box_size),
         norm=norm,
         cmap=mpl.colormaps[color_map].with_extremes(under="black", bad="black"),
-        interpolation="nearest",
-        interpolation_stage="data",
+        interpolation="none",  # vector files keep the cells themselves, sharp at any size
     )
     ax.set(title=plain(title), xlabel=f"$x$ {LENGTH_UNIT}", ylabel=f"$y$ {LENGTH_UNIT}")
     ax.xaxis.set_major_locator(MaxNLocator(5))

@@ -325,10 +325,14 @@ def _project(layer: _Layer, planes: slice) -> NDArray[np.float64]:
         return values.sum(axis=0)
     if layer.quantity == "probability":
         return values.max(axis=0)
-    # By planes: a large box does not fit into memory.
-    mean = np.mean(
-        [layer.grids.read(layer.field, plane).mean(dtype=np.float64) for plane in range(layer.grids.n_mesh)]
+    # By chunks: a large box does not fit into memory.
+    array = layer.grids.array(layer.field)
+    thickness = (array.shards or array.chunks)[0]
+    total = sum(
+        layer.grids.read(layer.field, slice(start, start + thickness)).sum(dtype=np.float64)
+        for start in range(0, layer.grids.n_mesh, thickness)
     )
+    mean = total / layer.grids.n_mesh**3
     return values.mean(axis=0) / (mean or 1.0)
 
 
