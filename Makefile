@@ -22,7 +22,7 @@ lint: setup  ## style and types
 	.venv/bin/mypy
 
 docs: setup  ## build the documentation into site/
-	.venv/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 benchmarks: setup  ## measure, and write docs/benchmarks.md
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.run
