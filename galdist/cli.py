@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_ROWS = 40  # of the results table at the end of a run
+_LINES = 100  # of the tables at the end of a run
+_SAMPLES = 4  # columns at most in a table of results
 
 
 def main() -> None:
@@ -135,7 +138,7 @@ def run(
         _fail(f"{error}\n\nOnce mended, continue with: {again}", 1)
     except pipeline.Interrupted as error:
         _fail(f"{error}. What is done is kept. Continue with: {again}", error.exit_code)
-    _print_results(results(folder), _ROWS, f"all of them: galdist show {folder}")
+    _print_results(results(folder), _LINES, f"all of them: galdist show {folder}")
     for report in reports(folder):
         print(f"report: {report.absolute()}")
 
@@ -250,16 +253,30 @@ def _print_plan(steps: "list[PlannedStep]", folder: Path, cores: int) -> None:
 
 
 def _print_results(rows: list[dict[str, Any]], limit: int | None, more: str) -> None:
+    """A table a step: a line a metric with a column a sample; with many samples, a line a value."""
     if not rows:
         print("no results yet")
         return
-    cells = []
-    for row in rows[:limit]:
-        error = "" if row.get("error") is None else f" ± {row['error']:.2g}"
-        cells.append([row["step"], row["metric"], row["sample"], f"{row['value']:.4g}{error}", row["unit"]])
-    _table("Results", ["step", "metric", "sample", "value", "unit"], cells)
-    if limit is not None and len(rows) > limit:
-        print(f"... and {len(rows) - limit} more; {more}")
+    left = len(rows) if limit is None else limit
+    for step, group in groupby(rows, key=itemgetter("step")):
+        found = list(group)
+        samples = list(dict.fromkeys(row["sample"] for row in found))
+        cells: dict[tuple[str, ...], list[str]] = {}
+        for row in found:
+            error = "" if row["error"] is None else f" ± {row['error']:.2g}"
+            value = f"{row['value']:.4g}{error}"
+            if len(samples) <= _SAMPLES:
+                line = cells.setdefault((row["metric"],), [row["metric"], *[""] * len(samples), row["unit"]])
+                line[1 + samples.index(row["sample"])] = value
+            else:
+                cells[row["metric"], row["sample"]] = [row["metric"], row["sample"], value, row["unit"]]
+        columns = samples if len(samples) <= _SAMPLES else ["sample", "value"]
+        lines = list(cells.values())
+        if lines[:left]:
+            _table(f"Results of {step}", ["metric", *columns, "unit"], lines[:left])
+        left = max(0, left - len(lines))
+    if left == 0 and limit is not None:
+        print(f"... and more; {more}")
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -176,8 +176,9 @@ def _loop(state: _State, show: Callable[[RunView], None]) -> None:
     views = {view.name: view for view in state.view.steps}
     while state.waiting or state.running:
         for name, entry in list(state.waiting.items()):
-            if any(views[other].state in ("failed", "blocked") for other in entry.inputs):
-                views[name].state, views[name].detail = "blocked", "waits for a step that failed"
+            stuck = [other for other in entry.inputs if views[other].state in ("failed", "blocked")]
+            if stuck:
+                views[name].state, views[name].detail = "blocked", f"needs {', '.join(stuck)}"
                 del state.waiting[name]
             # On one machine a step has all cores, so one runs at a time.
             elif not state.running and all(views[other].state in ("done", "kept") for other in entry.inputs):

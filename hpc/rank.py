@@ -153,7 +153,7 @@ def _call(function: str, arguments: dict[str, Any], rank: int, ranks: int, write
         load(function)(**arguments)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
         traceback.print_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
-        ending = {"error": "".join(traceback.format_exception_only(error)).strip()[-4000:]}
+        ending = {"error": f"{type(error).__name__}: {error}"[:4000]}
     ending |= {"peak": _peak(os.getpid()), "time": time.time()}
     os.write(writer, json.dumps(ending).encode())
     os.close(writer)

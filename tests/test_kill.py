@@ -1,12 +1,13 @@
 """Killed anywhere, the same command finishes the run with the same results.
 
-Every test kills real processes of a real run with SIGKILL (or sends Ctrl-C), looks at what was said, and runs the
-same command again.
+Every test kills real processes of a real run with SIGKILL (or sends Ctrl-C), looks at what was said, and runs
+the same command again.
 """
 
-import json
+import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ import pytest
 import yaml
 
 import galdist
-from galdist import config
 from hpc import durable, rank
 
 RUNTIMES = ["pieces", "dask", "ddp", "mpi"]
@@ -77,12 +77,12 @@ class Session:
 
 
 def until(condition: Callable[[], Any], timeout: float, session: Session | None = None) -> None:
+    """Wait for ``condition``, which must come while the session's command runs."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it does not happen"
-        assert session is None or session.process is None or session.process.poll() is None, (
-            "the run has ended"
-        )
+        if session is not None and session.process is not None and session.process.poll() is not None:
+            pytest.fail(f"the run has ended: {session.finish(5)[1]}")
         time.sleep(0.02)
 
 
@@ -227,15 +227,104 @@ def test_a_second_run_is_refused_while_the_first_works(victim: Session) -> None:
 
 # The real pipeline, in miniature.
 
-QUICKSTART = config.experiments().get("quickstart")
-"""The run that ships; these tests run it smaller."""
-MINIATURE: list[str] = []
-"""``--set`` values that make the quickstart a matter of seconds."""
+MINIATURE = [
+    "universe-a.simulations=3",
+    *(
+        f"{step}.{value}"
+        for step in ("universe-a", "universe-b")
+        for value in ("n_particles=32", "box_size=12")
+    ),
+    *(f"{step}.steps=5" for step in ("universe-a", "universe-b")),
+    *(f"{step}.n_mesh=32" for step in ("grids-a", "grids-b")),
+    *(f"{step}.split={{validation: [CV_1], test: [CV_2]}}" for step in ("grids-a", "catalog-a")),
+    *(f"{step}.epochs=3" for step in ("classifier", "regressor")),
+    *(f"{step}.data.crop=16" for step in ("classifier", "regressor")),
+    *(f"{step}.model.channels=[4, 8]" for step in ("classifier", "regressor")),
+    *(f"{step}.tile=32" for step in ("classifier", "regressor", "r2unet")),
+]
+"""What makes the quickstart a matter of minutes."""
 
 
-def tables(out: Path) -> dict[str, Any]:
-    """Everything that must not depend on interruptions: results and spectra."""
-    found = {str(path.relative_to(out)): json.loads(path.read_text()) for path in out.glob("*/metrics.json")}
-    return found | {
-        str(path.relative_to(out)): json.loads(path.read_text()) for path in out.glob("*/spectra.json")
-    }
+def miniature(folder: Path) -> Session:
+    sets = [word for value in MINIATURE for word in ("--set", value)]
+    return Session(folder, [*GALDIST, "run", "quickstart", *sets], folder / "runs" / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """The miniature, undisturbed."""
+    pytest.importorskip("nbodykit")
+    session = miniature(tmp_path_factory.mktemp("reference"))
+    status, text = session.run(900)
+    assert status == 0, text
+    assert "report.html" in text
+    return session
+
+
+SPEEDS = {"samples_per_second", "data_wait_fraction"}
+"""Metrics of the machine, not of the result."""
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Everything that must not depend on interruptions: metrics, spectra and weights."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.glob("*/metrics.json")):
+        rows = durable.read_json(path)
+        found[path.parent.name] = [row for row in rows if row["metric"] not in SPEEDS]
+    for path in sorted(out.glob("*/spectra.json")):
+        found[f"{path.parent.name} spectra"] = durable.read_json(path)
+    for path in sorted(out.glob("*/model/weights.safetensors")):
+        found[f"{path.parent.parent.name} weights"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "who"),
+    [
+        ("universe-b", "MPI rank"),
+        ("grids-a", "Dask worker"),
+        ("classifier", "DDP rank"),
+        ("classifier", "orchestrator"),
+        ("spectra", "orchestrator"),
+    ],
+)
+def test_the_quickstart_survives(step: str, who: str, reference: Session, tmp_path: Path) -> None:
+    """From the middle of ``step`` on; everything before it is there already."""
+    session = miniature(tmp_path)
+    shutil.copytree(reference.out, session.out)
+    for name in depending_on(step, session.out):
+        shutil.rmtree(session.out / name)
+    session.start()
+    try:
+        progress = session.out / step / "progress.json"
+        until(lambda: progress.exists() and durable.read_json(progress)["done"] > 0, 300, session)
+        token = session.spec(step)["token"]
+        if who == "orchestrator":
+            session.kill()
+        else:
+            pid = session.child(step, 1 if who != "Dask worker" else 0)
+            if who == "Dask worker":
+                below = psutil.Process(pid).children(recursive=True)
+                pid = next(p.pid for p in below if "spawn_main" in " ".join(p.cmdline()))
+            os.kill(pid, signal.SIGKILL)
+            status, text = session.finish(900)
+            assert status == (0 if who == "Dask worker" else 1), text
+            if status:
+                assert re.search(rf"step {step} failed after .*: rank 1: killed by signal 9", text), text
+        status, text = session.run(900)
+        assert status == 0, text
+        assert session.processes(token) == []
+    finally:
+        if session.process is not None and session.process.poll() is None:
+            session.kill()
+    assert results(session.out) == results(reference.out)
+
+
+def depending_on(step: str, out: Path) -> set[str]:
+    """The step and all that reads it, at once or through others."""
+    found = {step}
+    for entry in yaml.safe_load((out / "run.yaml").read_text())["steps"]:
+        if any(name in found for names in entry.get("inputs", {}).values() for name in names):
+            found.add(entry["name"])
+    return found
