@@ -409,6 +409,7 @@ class Header:
         return np.asarray(self.attributes[name]).astype(np.int64)
 
     def n_here(self, kind: int) -> int:
+        """Particles of a type in this file."""
         return int(self._counts("NumPart_ThisFile")[kind])
 
     def n_rows(self, group: str) -> tuple[int, int]:
@@ -421,6 +422,7 @@ class Header:
         )
 
     def n_total(self, kind: int) -> int:
+        """Particles of a type in the whole snapshot."""
         total = int(self._counts("NumPart_Total")[kind])
         if "NumPart_Total_HighWord" in self.attributes:
             total += int(self._counts("NumPart_Total_HighWord")[kind]) << 32
