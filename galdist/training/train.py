@@ -107,6 +107,8 @@ class TrainConfig(StrictModel):
     """Epochs without a lower validation loss after which training ends."""
     tile: PositiveInt = 64
     """Side of the tiles in which validation boxes are predicted [cells]."""
+    halo: NonNegativeInt | None = None
+    """Cells around such a tile that are read with it. By default the model's reach, which makes tiles exact."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Time between checkpoints within an epoch; every epoch ends with one."""
     seed: int = 0
@@ -327,9 +329,9 @@ class _Training:
         model = self._validated()
         model.eval()
         sums: dict[str, Tensor] = {}
-        for n, batch in enumerate(
-            self.data.validation_batches(group, self.config.tile, model.reach, model.alignment)
-        ):
+        halo = model.reach if self.config.halo is None else self.config.halo
+        batches = self.data.validation_batches(group, self.config.tile, halo, model.alignment)
+        for n, batch in enumerate(batches):
             with self._autocast():
                 new, fields = model.evaluate(to_device(batch, group.device))
             sums = {name: sums[name] + value if sums else value for name, value in new.items()}
