@@ -108,7 +108,7 @@ class TrainConfig(StrictModel):
     tile: PositiveInt = 64
     """Side of the tiles in which validation boxes are predicted [cells]."""
     halo: NonNegativeInt | None = None
-    """Cells around such a tile that are read with it. By default the model's reach, which makes tiles exact."""
+    """Cells read around such a tile. By default the model's reach, which makes tiles exact."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Time between checkpoints within an epoch; every epoch ends with one."""
     seed: int = 0
