@@ -241,9 +241,9 @@ def populate(
     compactness = trends.concentration.deviations(halos.mass, halos.concentration)
     shift = physics.environment * density + physics.formation * age + physics.concentration * compactness
 
-    # satellites: a Poisson number in each halo, then one row each
-    resolution = MINIMUM_PARTICLES * halos.mass / np.maximum(halos.length, 1)
-    mean = _subhalos_above(resolution / halos.mass) * physics.satellite_survival
+    # a Poisson number of satellites in each halo, fewer where it formed early, then a row for each galaxy
+    smallest = MINIMUM_PARTICLES / np.maximum(halos.length, 1)  # of the host's mass
+    mean = physics.satellite_survival * _subhalos_above(smallest)
     mean *= 10 ** (physics.satellite_environment * density - 0.1 * age)
     count = stats.poisson.ppf(uniform(seed, halos.identity, 0), mean).astype("i8")
     row = np.repeat(np.arange(len(halos)), count + 1)
@@ -251,7 +251,7 @@ def populate(
     central = place == 0
     identity, draws = halos.identity[row], place * _SATELLITE_DRAWS
 
-    fraction = _subhalo_fraction(uniform(seed, identity, draws + 1), (resolution / halos.mass)[row])
+    fraction = _subhalo_fraction(uniform(seed, identity, draws + 1), smallest[row])
     mass = halos.mass[row] * np.where(central, 1.0, fraction)
     stars = mean_stellar_mass(mass, physics, feedback, h)
     stars *= 10 ** (shift[row] + physics.scatter * normal(seed, identity, draws + 2))
