@@ -144,17 +144,18 @@ def execute(
         for entry in steps:
             if entry.runs:
                 state.waiting[entry.name] = entry
-            else:
+            elif only is None or entry.name in state.planned[only].inputs:
                 _take_back(out, entry)
         try:
             _loop(state, show)
-        except KeyboardInterrupt as stop:
-            number = stop.args[0] if stop.args else signal.SIGINT
+        except BaseException as stop:
             names = list(state.running)
             for running in state.running.values():
                 running.job.cancel()
                 _write_record(out, running, None)
-            raise Interrupted(number, names) from None
+            if isinstance(stop, KeyboardInterrupt):
+                raise Interrupted(stop.args[0] if stop.args else signal.SIGINT, names) from None
+            raise
     if state.messages:
         raise StepFailed("\n\n".join(state.messages))
 
@@ -272,6 +273,7 @@ def _write_record(out: Path, running: _Running, outcome: launch.Outcome | None) 
     running.record["seconds"] = running.seconds_before + time.time() - running.view.started
     if outcome is not None:
         running.record["peak_memory"] = outcome.peak_memory
+        running.record["hosts"] = sorted(set(outcome.hosts))
         running.record["error"] = str(outcome.failures[0]) if outcome.failures else None
         running.record["finished"] = None if outcome.failures else _now()
     durable.write_json(out / running.planned.name / PROVENANCE, running.record)
@@ -328,15 +330,14 @@ def _estimate(state: _State) -> None:
     spent = expected = 0.0
     for view in state.view.steps:
         entry = state.planned[view.name]
-        if view.state == "done" and entry.step.expected:
-            spent, expected = spent + view.seconds, expected + entry.step.expected
+        if entry.step.expected and (view.state == "done" or (view.state == "kept" and entry.measured)):
+            spent += view.seconds or entry.expected or 0.0
+            expected += entry.step.expected
     speed = spent / expected if expected else 1.0
-    total: float | None = 0.0
-    for view in state.view.steps:
-        entry = state.planned[view.name]
-        if view.state not in ("running", "waiting"):
-            continue
-        left = None
+    active = [view for view in state.view.steps if view.state in ("running", "waiting")]
+    total: float | None = 0.0 if active else None
+    for view in active:
+        entry, left = state.planned[view.name], None
         if entry.expected is not None:
             left = entry.expected * (1.0 if entry.measured else speed)
             left = max(0.0, left - view.seconds)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from galdist.plan import DONE, read_record
-from hpc import durable, progress
+from hpc import durable, launch, progress
 from hpc.strict import Problem, SettingsError
 
 PLAN = ".plan.json"
@@ -62,7 +62,7 @@ def _status(folder: Path, stage: str, fingerprint: str, busy: bool) -> StepStatu
         state = "done"
     elif entry["error"]:
         state, detail = "failed", entry["error"].splitlines()[0]
-    elif busy and (folder / ".job").exists():
+    elif busy and launch.is_running(folder):
         state = "running"
         seconds += time.time() - datetime.datetime.fromisoformat(entry["started"]).timestamp()
     else:

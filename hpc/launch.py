@@ -124,6 +124,12 @@ def end_leftovers(folder: Path) -> None:
         rank.kill_job(durable.read_json(spec)["token"])
 
 
+def is_running(folder: Path) -> bool:
+    """Whether the process that submitted the last job in ``folder`` lives, as far as this host can see."""
+    spec = folder / ".job" / "spec.json"
+    return spec.exists() and rank.is_alive(durable.read_json(spec)["orchestrator"])
+
+
 def last_lines(log: Path, n: int) -> list[str]:
     """The last ``n`` lines of a log, fewer where it has fewer."""
     if not log.exists():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from small_stages import STAGES
@@ -17,7 +18,7 @@ from small_stages import STAGES
 import galdist
 from galdist import config, pipeline, plan, provenance, status
 from galdist.pipeline import RunView
-from hpc import durable
+from hpc import durable, rank
 from hpc.site import Site
 from hpc.strict import SettingsError
 
@@ -182,6 +183,32 @@ def test_only(run: Callable[..., list[str]], tmp_path: Path) -> None:
     assert run(study(), only="b", start_from="b") == ["b"]
     with pytest.raises(SettingsError, match=r"--only: there is no step 'e'"):
         run(study(), only="e")
+
+
+def test_only_leaves_other_steps_alone(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run(study())
+    run(study(b={"n_pieces": 3}))
+    changed = result(tmp_path, "d")
+    assert run(study(), only="c") == []
+    assert result(tmp_path, "d") == changed, "b and d are not moved back"
+    assert run(study(), only="b") == []
+
+
+def test_an_error_of_the_caller_ends_the_job(tmp_path: Path) -> None:
+    """A display that fails (its terminal is gone): nothing runs on unseen."""
+
+    def show(view: RunView) -> None:
+        if any(step.state == "running" for step in view.steps):
+            raise BrokenPipeError
+
+    token = tmp_path / "out" / "a" / ".job" / "spec.json"
+    with pytest.raises(BrokenPipeError):
+        pipeline.execute(
+            load(tmp_path, study(a={"seconds": 30})), tmp_path / "out", Site(), show, stages=STAGES
+        )
+    left = [p for p in psutil.process_iter() if rank._belongs(p, durable.read_json(token)["token"])]
+    assert left == []
+    assert status.steps_of(tmp_path / "out")[0].state == "stopped"
 
 
 def test_a_failure_stops_only_what_depends_on_it(run: Callable[..., list[str]], tmp_path: Path) -> None:
