@@ -66,6 +66,18 @@ def test_help_costs_little_more_than_its_parser(tmp_path: Path) -> None:
     assert fastest([sys.executable, "-m", "galdist", "--help"]) < 3 * parser + 0.1
 
 
+def test_the_orchestrator_stays_clean(tmp_path: Path) -> None:
+    """Checking the real stages loads neither MPI nor nbodykit, which would make Dask synchronous."""
+    code = (
+        "import sys\n"
+        "from galdist import config\n"
+        "config.load('quickstart')\n"
+        "print('LOADED', [name for name in ('nbodykit', 'pmesh', 'mpi4py', 'matplotlib', 'distributed')"
+        " if name in sys.modules])"
+    )
+    assert "LOADED []" in call(cwd=tmp_path, program=[sys.executable, "-c", code])
+
+
 def test_version_and_no_arguments(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "galdist"]
     assert call("--version", cwd=tmp_path, program=program).strip() == f"galdist {galdist.__version__}"
