@@ -25,7 +25,7 @@ docs: setup  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 benchmarks: setup  ## measure, and write docs/benchmarks.md
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.run
+	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/run.py
 
 clean:  ## remove what was built here (runs/ stays)
 	rm -rf .venv site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
