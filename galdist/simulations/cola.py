@@ -212,7 +212,7 @@ def evolve(
 
     a_steps = np.linspace(1.0 / (1.0 + initial_redshift), 1.0, steps + 1)
     a = float(a_steps[0])
-    position = position + growth.D1(a) * psi1 + growth.D2(a) * psi2
+    position = (position + growth.D1(a) * psi1 + growth.D2(a) * psi2).astype(dtype)
     _wrap(position, box_size)
     residual = np.zeros_like(psi1)  # T[x] minus that of 2LPT
 
@@ -254,8 +254,7 @@ def friends_of_friends(
 
     Returns
     -------
-    (n,) int64: a number that the particles of one group share, over all ranks; 0 for particles outside
-    groups.
+    (n,) int64: a number that the particles of one group share, over all ranks; 0 outside groups.
     """
     require_nbodykit()
     from nbodykit.algorithms.fof import FOF
@@ -356,20 +355,23 @@ def _inverse_gradient(field: Any, axis: int) -> Any:
 
 
 class _ForceMesh:
-    """Gravity on a mesh: CIC, the inverse Laplacian -1/k^2, and four-point differences for the gradient.
+    """Gravity on a mesh: CIC, the seven-point Laplacian and the four-point gradient, both as in FastPM (Feng
+    et al. 2016, arXiv:1603.00476).
 
-    The differences vanish at the mesh's Nyquist frequency. With ik there, the images of the particle lattice that
-    fall beside it (on it, for two cells a particle) push the particles, and structure grows by tens of per cent too
-    much where displacements are small against a cell.
+    The gradient vanishes at the mesh's Nyquist frequency. With ik there, the images of the particle lattice
+    that fall beside it (on it, for two cells a particle) push the particles, and structure grows by tens of
+    per cent too much where displacements are small against a cell. The Laplacian gives small scales back part
+    of what CIC and the gradient take from them: at three cells a particle, 5% more halos of 200 particles
+    than with -k^2.
     """
 
     def __init__(self, mesh: Any):
         self.mesh = mesh
         k = mesh.create_coords("transposedcomplex")
-        k2 = sum(axis.astype("f8") ** 2 for axis in k)
-        k2[k2 == 0.0] = np.inf
-        self._green = (1.0 / k2).astype(mesh.dtype)
         cell = mesh.BoxSize / mesh.Nmesh
+        laplacian = sum((2.0 / h * np.sin(0.5 * k[i].astype("f8") * h)) ** 2 for i, h in enumerate(cell))
+        laplacian[laplacian == 0.0] = np.inf
+        self._green = (1.0 / laplacian).astype(mesh.dtype)
         complex_type = np.result_type(mesh.dtype, "c8")
         self._gradient = [
             (1j * (8.0 * np.sin(k[i] * h) - np.sin(2.0 * k[i] * h)) / (6.0 * h)).astype(complex_type)

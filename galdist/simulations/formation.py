@@ -163,14 +163,16 @@ class Trend:
     def measure(cls, mass: np.ndarray, value: np.ndarray) -> "Trend":
         """From all halos of a simulation, in the order of their numbers."""
         x, y = np.log10(mass), np.log10(value)
-        if len(x) < 3 or np.ptp(x) == 0.0:
-            return cls(float(y.mean()) if len(y) else 0.0, 0.0, 0.0)
-        slope, intercept = np.polyfit(x, y, 1)
+        if not len(x):
+            return cls(0.0, 0.0, 0.0)
+        spread = x.var()
+        slope = ((x - x.mean()) * (y - y.mean())).mean() / spread if spread > 0.0 else 0.0
+        intercept = y.mean() - slope * x.mean()
         return cls(float(intercept), float(slope), float((y - slope * x - intercept).std()))
 
     def deviations(self, mass: np.ndarray, value: np.ndarray) -> np.ndarray:
         """Standard deviations above the mean at this mass, within [-2, 2]."""
-        if self.deviation == 0.0:
+        if self.deviation < 1e-6:  # all alike, but for rounding
             return np.zeros(len(mass))
         excess = np.log10(value) - self.intercept - self.slope * np.log10(mass)
         return np.clip(excess / self.deviation, -2.0, 2.0)
@@ -297,7 +299,7 @@ def uniform(seed: int, identity: np.ndarray, draw: np.ndarray | int) -> np.ndarr
     """Numbers in (0, 1) of (seed, identity, draw) alone: SplitMix64 (Steele, Lea & Flood 2014)."""
     state = np.asarray(identity).astype("u8")
     state = _mix(state + _mix(np.array([seed], "u8")))
-    state = _mix(state + _mix(np.asarray(draw).astype("u8") + np.uint64(1)))
+    state = _mix(state + _mix(np.atleast_1d(draw).astype("u8") + np.uint64(1)))
     return ((state >> np.uint64(11)).astype("f8") + 0.5) * 2.0**-53
 
 

@@ -55,8 +55,8 @@ class SimulateConfig(StrictModel):
     """Particles a side."""
     steps: Annotated[int, Field(ge=2)] = 15
     """COLA time steps, equal in the scale factor."""
-    mesh_factor: Annotated[int, Field(ge=1, le=8)] = 2
-    """Force mesh cells a side for each particle a side."""
+    mesh_factor: Annotated[int, Field(ge=1, le=8)] = 3
+    """Force mesh cells a side for each particle a side; 2 is three times faster, its halos softer."""
     initial_redshift: Annotated[float, Field(gt=1)] = 19.0
     """Where 2LPT hands over to COLA."""
     precision: Literal["f4", "f8"] = "f8"
