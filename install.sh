@@ -62,9 +62,8 @@ build_wheel() { # work folder, source folder; the log is shown only when it fail
 }
 
 build_nbodykit() { # folder for the finished wheels
-  local work
   work=$(mktemp -d)
-  trap 'rm -rf "$work"' RETURN
+  trap 'kill $(jobs -p) 2>/dev/null || :; rm -rf "$work"' EXIT # stopped half-way, nothing stays behind
   mkdir "$work/wheels"
   "$PYTHON" -m venv "$work/build"
   "$work/build/bin/pip" -q install $BUILD_TOOLS
@@ -87,6 +86,7 @@ EOF
   wait $pfft
   mkdir -p "$1.part"
   cp "$work"/wheels/*.whl "$1.part/"
+  rm -rf "$work"
 }
 
 check_machine

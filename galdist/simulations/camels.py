@@ -141,7 +141,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _is_volume(name: str) -> bool:
-    return re.fullmatch(r"L\d+n\d+", name) is not None
+    return re.fullmatch(r"L\d+(\.\d+)?n\d+", name) is not None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
