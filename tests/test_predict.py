@@ -23,11 +23,11 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Grids, a classifier and a regressor; reach 9, so that a mesh of 32 has tiles of 8."""
     folder = tmp_path_factory.mktemp("predict")
     make_grids(folder / "grids", N_MESH, ("train", "validation", "test", "test"))
-    shape = {"channels": [4, 4], "recurrence": 0}
+    shape = {"channels": [2, 3], "recurrence": 0}
     classifier = CLASSIFIER | {
         "model": {"name": "r2unet-classifier", "positive_weight": 20, "recall": 0.9} | shape
     }
-    fast = {"epochs": 3, "optimizer": {"learning_rate": 1e-2}}
+    fast = {"epochs": 3, "tile": N_MESH, "optimizer": {"learning_rate": 1e-2}}
     train(TrainConfig(**classifier | fast), {"grids": [folder / "grids"]}, folder / "classifier")
     regressor = CLASSIFIER | {"model": {"name": "r2unet-regressor", "nonempty_weight": 5} | shape}
     inputs = {"grids": [folder / "grids"], "models": [folder / "classifier"]}
@@ -98,7 +98,7 @@ def test_metrics_are_those_of_the_fields(steps: dict[str, Path], tmp_path: Path)
 def test_a_broken_off_prediction_goes_on(
     steps: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(steps, tmp_path / "whole", tile=8)
+    whole = run(steps, tmp_path / "whole", tile=8, halo=2)
     done = []
     write_json = durable.write_json
 
@@ -110,10 +110,10 @@ def test_a_broken_off_prediction_goes_on(
 
     monkeypatch.setattr(durable, "write_json", fails_at_the_third)
     with pytest.raises(OSError, match="No space"):
-        run(steps, tmp_path / "cut", tile=8)
+        run(steps, tmp_path / "cut", tile=8, halo=2)
     written = {name: (tmp_path / "cut" / "parts" / name).stat().st_mtime_ns for name in done}
     monkeypatch.setattr(durable, "write_json", write_json)
-    run(steps, tmp_path / "cut", tile=8)
+    run(steps, tmp_path / "cut", tile=8, halo=2)
     assert {name: (tmp_path / "cut" / "parts" / name).stat().st_mtime_ns for name in done} == written
     found, expected = fields(tmp_path / "cut"), fields(whole)
     assert all(np.array_equal(found[key], expected[key]) for key in expected)

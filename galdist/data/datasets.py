@@ -8,6 +8,7 @@ A batch is a dict: one float32 tensor ``(batch, component, z, y, x)`` a field, i
 whether the batch holds whole boxes, whose opposite faces touch.
 """
 
+import contextlib
 import math
 import shutil
 import signal
@@ -204,6 +205,8 @@ class BoxCache:
             values = self.boxes[box].open().read(field)
             with durable.atomic_path(path) as temporary, open(temporary, "wb") as stream:
                 np.save(stream, values)
+            with contextlib.suppress(FileNotFoundError):  # another rank is already done with it
+                values = np.load(path, mmap_mode="r")
         self._open[box, field] = values
         while len({box for box, _ in self._open}) > self.most_open:
             self._open.popitem(last=False)
@@ -398,6 +401,10 @@ class GridData:
             self.window = min(
                 self.window, max(1, budget // (2 * box_bytes))
             )  # the window before may still be read
+        n_cached = min(2 * self.window, len(self.training))
+        durable.require_space(
+            cache_folder, n_cached * box_bytes, f"{n_cached} decoded boxes (data.cache_gib bounds them)"
+        )
         self.cache = BoxCache(cache_folder, self.training, most_open=2 * self.window)
 
     def sampler(self, group: ddp.Group, batch_size: int, parts: int, seed: int) -> CropSampler:

@@ -214,11 +214,7 @@ def _whole_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     for path in (*temporary.iterdir(), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        durable.sync_path(path)
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)

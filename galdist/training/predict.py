@@ -71,6 +71,8 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         parts = out / "parts"
         path = out / "prediction.zarr"
         if group.is_main and not _began(path, checksum):
+            n_bytes = sum(4 * field.components for field in objective.outputs) * n_mesh**3 * len(boxes)
+            durable.require_space(out, n_bytes, f"predictions of {len(boxes)} boxes before compression")
             create_store(
                 path,
                 [box.open().attrs for box in boxes],

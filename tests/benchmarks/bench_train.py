@@ -106,6 +106,8 @@ def ours(
         data={"crop": CROP, "crops_per_box": steps * BATCH},  # type: ignore[arg-type]
         epochs=2,
         batch_size=BATCH,
+        tile=CROP,
+        halo=0,
         precision=precision,  # type: ignore[arg-type]
     )
     train(config, {"grids": [grids]}, out)
@@ -119,11 +121,11 @@ def run() -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         grids = Path(folder) / "grids"
-        store = make_grids(grids, 64, ("train", "validation"))
+        store = make_grids(grids, 48, ("train", "validation"))
         for name, channels, steps in (
-            ("8-16", (8, 16), 40),
-            ("16-32-64", (16, 32, 64), 20),
-            ("32-64-128-256 (papers)", (32, 64, 128, 256), 6),
+            ("8-16", (8, 16), 20),
+            ("16-32-64", (16, 32, 64), 10),
+            ("32-64-128-256 (papers)", (32, 64, 128, 256), 3),
         ):
             before = plain(store, channels, 2, steps)
             found = {
