@@ -227,20 +227,6 @@ class TestEvolution:
         offset = (double.position - single.position + 16.0) % 32.0 - 16.0
         assert np.abs(offset).max() < 1e-4 * 32.0
 
-    def test_sphere_overdensity(self):
-        # a uniform lattice has none; a point mass in a sphere has its share of the matter
-        lattice = np.indices((32, 32, 32)).reshape(3, -1).T + 0.5
-        centers = np.array([[16.0, 16.0, 16.0], [1.0, 31.0, 5.0]])
-        np.testing.assert_allclose(
-            cola.sphere_overdensity(mpi.world(), lattice, centers, 6.0, 32.0, 32), 1.0, atol=1e-3
-        )
-        clump = np.full((8000, 3), 16.0)
-        share = cola.sphere_overdensity(mpi.world(), np.concatenate((lattice, clump)), centers, 6.0, 32.0, 64)
-        total = len(lattice) + len(clump)
-        volume = 4 / 3 * np.pi * 6.0**3 / 32.0**3
-        assert share[0] == pytest.approx((len(clump) / volume + len(lattice)) / total, rel=0.05)
-        assert share[1] == pytest.approx(len(lattice) / total, abs=0.05)
-
 
 def power_of(particles, box_size, edges, n_mesh=256):
     """Matter power of nbodykit's FFTPower in bins of k, and the mean k of each."""
@@ -305,7 +291,7 @@ def test_matter_power_of_linear_theory_and_halofit():
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_halo_mass_function_of_tinker():
-    """Number of halos by M200m within 25% of Tinker et al. (2008) above 200 particles, in bins of 0.2 dex."""
+    """Number of halos by M200m within 25% of Tinker et al. (2008) above 200 particles, in bins of 0.4 dex."""
     from colossus.cosmology import cosmology as colossus_cosmology
     from colossus.lss import mass_function
 
@@ -317,7 +303,7 @@ def test_halo_mass_function_of_tinker():
             box_size=box,
             n_particles=n,
             seed=1,
-            steps=15,
+            steps=20,
             mesh_factor=3,
             dtype="f4",
             fixed_amplitude=True,
@@ -336,7 +322,7 @@ def test_halo_mass_function_of_tinker():
         relspecies=False,
         persistence="",
     )
-    edges = 200 * particle_mass * 10 ** np.arange(0, 1.6, 0.2)
+    edges = 200 * particle_mass * 10 ** np.arange(0, 2.0, 0.4)
     ratios = []
     for low, high in itertools.pairwise(edges):
         m = np.geomspace(low, high, 50)
@@ -344,6 +330,6 @@ def test_halo_mass_function_of_tinker():
         expected = 2 * box**3 * np.trapezoid(density, np.log(m))
         if expected >= 50:  # below, Poisson noise is a good part of the 25%
             ratios.append(((mass >= low) & (mass < high)).sum() / expected)
-    print("N / Tinker in bins of 0.2 dex from 200 particles:", np.round(ratios, 3))
+    print("N / Tinker in bins of 0.4 dex from 200 particles:", np.round(ratios, 3))
     assert len(ratios) >= 3
     assert np.abs(np.array(ratios) - 1).max() < 0.25

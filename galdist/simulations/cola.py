@@ -266,31 +266,6 @@ def friends_of_friends(
     return FOF(catalog, linking_length, nmin=minimum - 1).labels.astype("i8")
 
 
-def sphere_overdensity(
-    comm: Any, position: np.ndarray, centers: np.ndarray, radius: float, box_size: float, n_mesh: int
-) -> np.ndarray:
-    """1 + mean overdensity within ``radius`` [Mpc/h] of each of this rank's ``centers`` (m, 3).
-
-    The particles are painted with CIC on ``n_mesh`` cells a side and convolved with a top-hat sphere.
-    """
-    require_nbodykit()
-    from pmesh.pm import ParticleMesh
-
-    mesh = ParticleMesh(Nmesh=[n_mesh] * 3, BoxSize=box_size, dtype="f8", comm=comm)
-    density = _paint(mesh, position, mesh.decompose(position))
-
-    def top_hat(k: Any, value: np.ndarray) -> np.ndarray:
-        x = k.normp(2) ** 0.5 * radius
-        small = x < 1e-3
-        x[small] = 1.0
-        window = 3.0 * (np.sin(x) - x * np.cos(x)) / x**3
-        window[small] = 1.0
-        return value * window
-
-    smooth = density.r2c(out=Ellipsis).apply(top_hat, out=Ellipsis).c2r(out=Ellipsis)
-    return smooth.readout(centers, layout=mesh.decompose(centers))
-
-
 def spread(comm: Any, box_size: float, position: np.ndarray, margin: float) -> Any:
     """Layout that sends points to the ranks whose part of the box, widened by ``margin`` [Mpc/h], holds them.
 
@@ -381,7 +356,9 @@ class _ForceMesh:
     def __call__(self, position: np.ndarray) -> np.ndarray:
         """-grad(inverse Laplacian of delta) at the particles, (n, 3)."""
         layout = self.mesh.decompose(position)
-        potential = _paint(self.mesh, position, layout).r2c(out=Ellipsis)
+        density = self.mesh.paint(position, layout=layout)
+        density.value[...] *= float(np.prod(self.mesh.Nmesh)) / self.mesh.comm.allreduce(len(position))
+        potential = density.r2c(out=Ellipsis)  # its mean goes with the Laplacian's zero mode
         potential.value[...] *= self._green
         force = np.empty_like(position)
         component = self.mesh.create("transposedcomplex")
@@ -389,13 +366,6 @@ class _ForceMesh:
             np.multiply(potential.value, gradient, out=component.value)
             force[:, axis] = component.c2r(out=Ellipsis).readout(position, layout=layout)
         return force
-
-
-def _paint(mesh: Any, position: np.ndarray, layout: Any) -> Any:
-    """1 + delta on the mesh (CIC)."""
-    density = mesh.paint(position, layout=layout)
-    density.value[...] *= float(np.prod(mesh.Nmesh)) / mesh.comm.allreduce(len(position))
-    return density
 
 
 def _wrap(position: np.ndarray, box_size: float) -> None:

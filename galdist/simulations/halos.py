@@ -17,7 +17,6 @@ from galdist.simulations.cola import (
     Cosmology,
     Particles,
     friends_of_friends,
-    sphere_overdensity,
     spread,
 )
 
@@ -202,11 +201,8 @@ def find_halos(
     mass = particle_mass * length
     spheres = _spherical_overdensities(comm, cosmology, particles.position, center, mass, box_size, n_total)
     radius_200m, mass_200m = spheres["radius_200m"], spheres["mass_200m"]
-
-    n_mesh = max(64, int(np.ceil(4 * box_size / ENVIRONMENT_RADIUS)))
-    contrast = sphere_overdensity(comm, particles.position, center, ENVIRONMENT_RADIUS, box_size, n_mesh)
     sphere_mass = cosmology.mean_density * 4 / 3 * np.pi * ENVIRONMENT_RADIUS**3
-    overdensity = np.maximum(contrast - mass / sphere_mass, 0.0) - 1.0
+    overdensity = np.maximum(spheres.pop("mass_environment") - mass, 0.0) / sphere_mass - 1.0
 
     radius = (3 * mass / (800 * np.pi * cosmology.mean_density)) ** (1 / 3)
     spin = np.linalg.norm(momentum, axis=1) / np.sqrt(2 * GRAVITY * mass * radius)
@@ -246,11 +242,11 @@ def _spherical_overdensities(
     top_hat = 18 * np.pi**2 + 82 * x - 39 * x**2  # Bryan & Norman (1998), eq. 6, at z=0
     thresholds = CRITICAL_DENSITY * np.array([200.0, 200.0 * cosmology.Omega_m, 500.0, top_hat])
     radius = _SEARCH * (3 * mass / (800 * np.pi * cosmology.mean_density)) ** (1 / 3)
-    margin = comm.allreduce(float(radius.max(initial=0.0)), op=_maximum)
+    margin = max(*comm.allgather(float(radius.max(initial=0.0))), ENVIRONMENT_RADIUS)
 
     there = spread(comm, box_size, center, 0.0)
     here = spread(comm, box_size, position, margin)
-    n_cells = max(1, min(int(box_size / (box_size / n_total ** (1 / 3))), 512))
+    n_cells = min(round(n_total ** (1 / 3)), 512)  # about a particle each
     local, first = _chain(here.exchange(position).astype("f8"), box_size, n_cells)
     result = _profiles(
         local,
@@ -268,11 +264,8 @@ def _spherical_overdensities(
     table["v_max"] = np.sqrt(GRAVITY * particle_mass * result[:, 8])
     table["r_max"] = result[:, 9]
     table["half_mass_radius_200m"] = result[:, 10]
+    table["mass_environment"] = particle_mass * result[:, 11]
     return table
-
-
-def _maximum(a: float, b: float) -> float:
-    return max(a, b)
 
 
 def _chain(position: np.ndarray, box_size: float, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
@@ -293,16 +286,16 @@ def _profiles(
     box_size: float,
     thresholds: np.ndarray,
 ) -> np.ndarray:  # pragma: no cover - compiled
-    """Rows of (N x 4, R x 4, max N/r, its r, half-mass radius within the second threshold) of each center.
+    """Rows of (N x 4, R x 4, max N/r, its r, half-mass radius of the second N, N in the environment).
 
-    ``thresholds`` are number densities.
+    ``thresholds`` are number densities; ``radius`` is how far each center's particles are looked for.
     """
     n_thresholds = len(thresholds)
-    result = np.zeros((len(center), 2 * n_thresholds + 3))
+    result = np.zeros((len(center), 2 * n_thresholds + 4))
     cell_size = box_size / n_cells
     buffer = np.empty(1024)
     for h in range(len(center)):
-        reach = min(int(np.ceil(radius[h] / cell_size)), (n_cells - 1) // 2)
+        reach = int(np.ceil(max(radius[h], ENVIRONMENT_RADIUS) / cell_size))
         span = min(2 * reach + 1, n_cells)
         n = 0
         limit = radius[h] ** 2
@@ -319,6 +312,8 @@ def _profiles(
                             x = position[p, d] - center[h, d]
                             x -= box_size * np.rint(x / box_size)
                             r2 += x * x
+                        if r2 < ENVIRONMENT_RADIUS**2:
+                            result[h, 2 * n_thresholds + 3] += 1.0
                         if r2 < limit:
                             if n == len(buffer):
                                 buffer = np.concatenate((buffer, np.empty(n)))
