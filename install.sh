@@ -123,7 +123,8 @@ log "installing"
 "$VENV/bin/pip" install -q --no-deps --no-index --no-build-isolation --no-cache-dir -e .
 
 # Two ranks must see each other: an mpirun of another MPI would start two jobs of one.
-sizes=$(OMP_NUM_THREADS=1 "$VENV/bin/mpirun" -n 2 "$VENV/bin/python" -c \
+mpirun=$("$VENV/bin/python" -c 'from hpc.site import Site; print(Site().find_mpirun())')
+sizes=$(OMP_NUM_THREADS=1 "$mpirun" -n 2 "$VENV/bin/python" -c \
   'from hpc.mpi import world; import nbodykit.lab; print(world().size)' | sort | uniq -c | tr -s ' ')
 [ "$sizes" = " 2 2" ] || fail "two MPI ranks should each see a world of 2, but saw (count, size):$sizes"
 echo "$stamp" >"$VENV/.galdist"
