@@ -74,6 +74,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def require_space(folder: str | os.PathLike[str], n_bytes: float, what: str) -> None:
     """Stop before work that will not fit on the disk of ``folder`` (which need not exist yet).
 

@@ -15,7 +15,6 @@ or their deaths. A task that is done leaves a mark; an ingest that was killed co
 are not.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -337,10 +336,7 @@ def _source(job: _Job, index: int) -> list[dict[str, Any]]:
     files = job.simulation.group_files if job.tracer == "galaxies" else job.files[index : index + 1]
     sources = []
     for file in files:
-        sha256 = None
-        if job.checksums:
-            with open(file, "rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = durable.sha256(file) if job.checksums else None
         sources.append({"file": str(file), "size": file.stat().st_size, "sha256": sha256})
     return sources
 

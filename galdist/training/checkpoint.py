@@ -6,7 +6,6 @@ file.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
@@ -71,7 +70,7 @@ class Checkpoints:
                 save_weights(folder / f"{stem}.safetensors", tensors)
             if state is not None:
                 torch.save(dict(state), folder / STATE)
-            files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+            files = {path.name: durable.sha256(path) for path in sorted(folder.iterdir())}
             durable.write_json(folder / MANIFEST, {"files": files, "needs": list(needs)})
 
     def weights(self, name: str, stem: str = "weights") -> dict[str, Tensor]:
@@ -95,7 +94,7 @@ class Checkpoints:
             path = self.folder / name / file
             if not path.exists():
                 raise CheckpointError(f"{path} is missing")
-            if sha256(path) != expected:
+            if durable.sha256(path) != expected:
                 raise CheckpointError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
         for other in self._manifest(name)["needs"]:
             self.check(other)
@@ -160,7 +159,7 @@ def save_model(
     """
     with durable.atomic_path(folder / WEIGHTS) as temporary:
         save_weights(temporary, weights)
-    checksum = sha256(folder / WEIGHTS)
+    checksum = durable.sha256(folder / WEIGHTS)
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     text = yaml.safe_dump(
         {**objective.description(), "parameters": parameters, "sha256": checksum, **facts}, sort_keys=False
@@ -184,7 +183,7 @@ def load_model(step: Path) -> tuple[Objective, str]:
         raise CheckpointError(
             f"{folder / MODEL}: no trained model here; the train stage leaves one"
         ) from error
-    checksum = sha256(folder / WEIGHTS)
+    checksum = durable.sha256(folder / WEIGHTS)
     if checksum != description["sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the file that {MODEL} describes (sha256 {checksum[:12]}, expected "
@@ -198,12 +197,6 @@ def load_model(step: Path) -> tuple[Objective, str]:
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write a state dict as safetensors."""
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}, path)
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
