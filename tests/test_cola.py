@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
+from galdist.constants import HUBBLE
 from galdist.simulations import cola, halos
 from hpc import mpi
 
@@ -217,7 +218,7 @@ class TestEvolution:
         rate = displacement(after, 32.0, 32) - displacement(before, 32.0, 32)
         rate = ((rate + 16.0) % 32.0 - 16.0) / (after.scale_factor - before.scale_factor)
         a = now.scale_factor
-        expected = now.velocity.reshape(rate.shape) / (cola.HUBBLE * a**2 * float(cosmology.hubble(a)))
+        expected = now.velocity.reshape(rate.shape) / (HUBBLE * a**2 * float(cosmology.hubble(a)))
         assert np.corrcoef(rate.ravel(), expected.ravel())[0, 1] > 0.99
         assert (rate * expected).sum() / (expected**2).sum() == pytest.approx(1.0, abs=0.02)
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+from galdist.constants import CRITICAL_DENSITY
 from galdist.simulations import cola, halos
 from hpc import mpi
 
@@ -90,7 +91,7 @@ def test_spherical_overdensities(planted):
         profile = (np.log1p(x) - x / (1 + x)) / (np.log1p(c) - c / (1 + c)) * m
         enclosed = profile / (4 / 3 * np.pi * (x / c * r) ** 3)
         for name, threshold in (("200c", 200.0), ("500c", 500.0)):
-            edge = np.flatnonzero(enclosed > threshold * cola.CRITICAL_DENSITY)[-1]
+            edge = np.flatnonzero(enclosed > threshold * CRITICAL_DENSITY)[-1]
             assert getattr(found, f"radius_{name}")[i] == pytest.approx(x[edge] / c * r, rel=0.06)
             assert getattr(found, f"mass_{name}")[i] == pytest.approx(profile[edge], rel=0.12)
         v_max = np.sqrt(halos.GRAVITY * (profile / (x / c * r)).max())

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from galdist.simulations import cola, files, formation
+from galdist.constants import CRITICAL_DENSITY
+from galdist.simulations import files, formation
 from galdist.simulations.simulate import RANGES, SimulateConfig, universes
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,8 @@ class TestSets:
             SimulateConfig(simulations=3, select=(1, 7))
         with pytest.raises(ValidationError, match="Omega_b"):
             SimulateConfig(Omega_b=0.4)
+        with pytest.raises(ValidationError, match="Omega_b"):
+            SimulateConfig(set="LH", Omega_b=0.12)
         with pytest.raises(ValidationError, match="n_particle"):
             SimulateConfig(n_particle=64)
 
@@ -116,7 +119,7 @@ class TestCamelsLayout:
             assert list(header["NumPart_Total"]) == [0, 32**3, 0, 0, 0, 0]
         assert sum(h["NumPart_ThisFile"][1] for h in headers) == 32**3
         total = headers[0]["MassTable"][1] * 1e10 * 32**3
-        assert total == pytest.approx(cola.CRITICAL_DENSITY * 0.3 * 16.0**3)
+        assert total == pytest.approx(CRITICAL_DENSITY * 0.3 * 16.0**3)
 
     def test_particles(self, camels):
         particles, _ = snapshot(camels)
@@ -238,7 +241,7 @@ class TestOtherReaders:
             data = dataset.all_data()
             assert data["PartType1", "Coordinates"].shape == (32**3, 3)
             total = float(data["PartType1", "particle_mass"].sum().to("Msun")) * 0.6711
-            assert total == pytest.approx(share * cola.CRITICAL_DENSITY * 0.3 * 16.0**3, rel=1e-2)
+            assert total == pytest.approx(share * CRITICAL_DENSITY * 0.3 * 16.0**3, rel=1e-2)
 
     def test_pynbody(self, camels, tng):
         pynbody = pytest.importorskip("pynbody")
@@ -252,7 +255,7 @@ class TestOtherReaders:
             data.physical_units(distance="Mpc a h**-1", mass="Msol h**-1")
             assert float(data.dm["pos"].max()) == pytest.approx(16.0, rel=0.01)
             total = float(data.dm["mass"].sum())
-            assert total == pytest.approx(share * cola.CRITICAL_DENSITY * 0.3 * 16.0**3, rel=1e-2)
+            assert total == pytest.approx(share * CRITICAL_DENSITY * 0.3 * 16.0**3, rel=1e-2)
             assert 20 < float(data.dm["vel"].in_units("km s**-1").std()) < 300
 
 

@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from galdist.constants import CRITICAL_DENSITY, HUBBLE
 from galdist.statistics import require_nbodykit
 
-HUBBLE = 100.0  # km/s/(Mpc/h)
-CRITICAL_DENSITY = 2.77536627e11  # (Msun/h) / (Mpc/h)^3 at z=0
 _N_LPT = -2.5  # exponent of the time-stepping ansatz, the value of Tassev et al. (2013), section A.3
 
 

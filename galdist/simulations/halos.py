@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from galdist.constants import CRITICAL_DENSITY
 from galdist.simulations.cola import (
-    CRITICAL_DENSITY,
     Cosmology,
     Particles,
     friends_of_friends,

@@ -25,6 +25,7 @@ from scipy.stats import qmc
 
 from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
 from galdist.config import StrictModel
+from galdist.constants import CRITICAL_DENSITY
 from galdist.grids.mass_assignment import Scheme, assign
 from galdist.grids.store import Chunking, SimulationGrids, Split, create_store, open_store
 from galdist.statistics.metrics import metric_row, save_metrics
@@ -37,7 +38,6 @@ Array = NDArray[np.float64]
 _POINTS_AT_ONCE = 1_000_000  # of the mean field: bounds its memory
 _ONE_SIGMA = 0.683
 _SAME_MASS = 1e-5
-_CRITICAL_DENSITY = 2.7754e11  # today [h^2 Msun / Mpc^3]
 
 
 @dataclass(frozen=True)
@@ -492,7 +492,7 @@ def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> 
                 f"{grids.attrs.name}: Omega_m is not known, so neither is the radius of its halos; use "
                 "`mass: mass_200c`"
             )
-        radius = np.cbrt(mass / (4 / 3 * np.pi * 200 * omega_m * _CRITICAL_DENSITY))  # comoving
+        radius = np.cbrt(mass / (4 / 3 * np.pi * 200 * omega_m * CRITICAL_DENSITY))  # comoving
     return Halos(
         mass=mass,
         radius=radius,
