@@ -158,3 +158,8 @@ def test_spectra_come_back_as_arrays(tmp_path):
     assert found["n_mesh"] == 4
     np.testing.assert_array_equal(found["k"], [0.1, 0.2])
     np.testing.assert_array_equal(found["cross"]["a"]["r"], [1.0, np.nan])
+
+
+def test_ratios_need_a_band():
+    with pytest.raises(ValidationError, match="power_bands"):
+        SpectraConfig(power_bands=[])

@@ -68,7 +68,7 @@ class SpectraConfig(StrictModel):
     """The simulations to measure."""
     band: Band = (0.3, 3.0)
     """Wavenumbers [h/Mpc] over which r and T are averaged for the table of results."""
-    power_bands: tuple[Band, ...] = ((0.3, 1.0), (1.0, 3.0))
+    power_bands: Annotated[tuple[Band, ...], Constraint(min_length=1)] = ((0.3, 1.0), (1.0, 3.0))
     """Wavenumbers [h/Mpc] over which the ratio of powers is averaged."""
 
     @field_validator("band", "power_bands")
