@@ -120,6 +120,15 @@ def test_a_broken_off_prediction_goes_on(
     assert load_metrics(tmp_path / "cut") == load_metrics(whole)
 
 
+def test_slabs_of_another_model_are_done_again(steps: dict[str, Path], tmp_path: Path) -> None:
+    expected = fields(run(steps, tmp_path / "fresh"))
+    run(steps, tmp_path / "out", model="classifier")
+    found = fields(run(steps, tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert load_metrics(tmp_path / "out") == load_metrics(tmp_path / "fresh")
+
+
 def test_matter_alone_is_enough(steps: dict[str, Path], tmp_path: Path) -> None:
     """Boxes without galaxies: an N-body run that nobody has painted."""
     from galdist.grids.store import Field, SimulationAttrs, create_store

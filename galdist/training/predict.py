@@ -6,6 +6,7 @@ whole chunks.
 """
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,7 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         if group.is_main and not _began(path, checksum):
             n_bytes = sum(4 * field.components for field in objective.outputs) * n_mesh**3 * len(boxes)
             durable.require_space(out, n_bytes, f"predictions of {len(boxes)} boxes before compression")
+            shutil.rmtree(parts, ignore_errors=True)  # slabs of another store
             create_store(
                 path,
                 [box.open().attrs for box in boxes],
