@@ -8,9 +8,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from galdist.constants import CRITICAL_DENSITY
+from galdist.simulations import camels as camels_reader
 from galdist.simulations import files, formation
 from galdist.simulations.simulate import RANGES, SimulateConfig, universes
 
@@ -271,6 +274,13 @@ def test_a_box_without_halos_is_written(tmp_path):
 def _empty(out, suite):
     with h5py.File(out / "FOF_Subfind" / suite / "L16n32" / "CV" / "CV_0" / "groups_090.hdf5") as file:
         return set(file["Group"]), set(file["Subhalo"]), dict(file["Header"].attrs)
+
+
+@given(box_size=st.sampled_from([1e6, 12.5, 25.0]) | st.floats(6.5, 1e9))
+def test_the_reader_knows_the_name_of_every_box(box_size):
+    volume = SimulateConfig(box_size=box_size).volume
+    assert camels_reader._is_volume(volume)
+    assert float(volume[1:].partition("n")[0]) == box_size
 
 
 def test_without_nbodykit_the_error_says_how_to_get_it(monkeypatch, tmp_path):

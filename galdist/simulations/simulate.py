@@ -90,7 +90,8 @@ class SimulateConfig(StrictModel):
     @property
     def volume(self) -> str:
         """Name of the box, like ``L25n64``."""
-        return f"L{self.box_size:g}n{self.n_particles}"
+        side = np.format_float_positional(self.box_size, trim="-")  # no exponent and every digit
+        return f"L{side}n{self.n_particles}"
 
 
 @dataclass(frozen=True)
