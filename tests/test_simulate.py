@@ -1,9 +1,11 @@
 """The simulate stage: complete, resumable sets in files that other codes read."""
 
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -16,6 +18,7 @@ from galdist.constants import CRITICAL_DENSITY
 from galdist.simulations import camels as camels_reader
 from galdist.simulations import files, formation
 from galdist.simulations.simulate import RANGES, SimulateConfig, universes
+from hpc import durable
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"n_particles": 32, "box_size": 16.0, "steps": 6, "mesh_factor": 2, "n_files": 2, "seed": 3}
@@ -291,3 +294,14 @@ def test_without_nbodykit_the_error_says_how_to_get_it(monkeypatch, tmp_path):
     with pytest.raises(statistics.MissingEngine, match="make setup"):
         simulate(SimulateConfig(**SMALL), {}, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@needs_nbodykit
+def test_room_for_the_particles_is_asked_for_first(monkeypatch, tmp_path):
+    from galdist.simulations.simulate import simulate
+
+    n_bytes = 3 * 32**3 * (12 + 12 + 8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=n_bytes - 1))
+    with pytest.raises(durable.NotEnoughSpace, match="particles of 3 simulations"):
+        simulate(SimulateConfig(n_particles=32, simulations=3), {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from galdist.config import StrictModel
 from galdist.simulations.cola import Cosmology, Transfer
 from galdist.simulations.files import Layout
 from galdist.simulations.formation import FEEDBACK, Suite
-from hpc import mpi, progress
+from hpc import durable, mpi, progress
 
 log = logging.getLogger(__name__)
 # of CAMELS' Latin hypercube (Villaescusa-Navarro et al. 2021, table 1); feedback uniform in the logarithm
@@ -150,8 +150,8 @@ def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path
     require_nbodykit()
     comm = mpi.world()
     chosen = universes(config)
-    for done, universe in enumerate(chosen):
-        paths = files.SimulationFiles(
+    places = [
+        files.SimulationFiles(
             out=out,
             layout=config.layout,
             suite=config.suite,
@@ -160,9 +160,17 @@ def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path
             index=universe.index,
             n_files=config.n_files,
         )
-        if comm.bcast(paths.last.exists() if comm.rank == 0 else None):
-            continue
-        _make(comm, config, universe, paths, done, len(chosen))
+        for universe in chosen
+    ]
+    complete = comm.bcast([paths.last.exists() for paths in places])
+    particle = (24 if config.layout == "tng" else 12) + 12 + 8  # position, velocity, ID
+    missing = complete.count(False)
+    durable.require_space(
+        out, missing * particle * config.n_particles**3, f"particles of {missing} simulations"
+    )
+    for done, (universe, paths, there) in enumerate(zip(chosen, places, complete, strict=True)):
+        if not there:
+            _make(comm, config, universe, paths, done, len(chosen))
     if comm.rank == 0:
         files.write_parameters(
             files.parameters_path(out, config.suite, config.volume, config.set),
