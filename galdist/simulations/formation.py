@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from galdist.simulations.halos import MINIMUM_PARTICLES, Halos, Members, take
 
@@ -238,6 +238,8 @@ def populate(
     seed
         of the simulation.
     """
+    from scipy import stats  # a quarter of a second that validating a run file need not spend
+
     density = environment(halos.overdensity)
     age = trends.formation.deviations(halos.mass, 1.0 + halos.formation_redshift)
     compactness = trends.concentration.deviations(halos.mass, halos.concentration)

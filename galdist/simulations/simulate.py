@@ -14,9 +14,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from galdist.config import StrictModel
-from galdist.simulations.cola import Cosmology, Transfer
-from galdist.simulations.files import Layout
-from galdist.simulations.formation import FEEDBACK, Suite
+from galdist.simulations import cola, files, formation, halos
+from galdist.simulations.cola import Cosmology
+from galdist.simulations.formation import FEEDBACK
+from galdist.statistics import require_nbodykit
 from hpc import durable, mpi, progress
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ _PROGENITOR_TIMES = (0.3, 0.45, 0.6, 0.75, 0.9)  # scale factors at which progen
 class SimulateConfig(StrictModel):
     """What universes to make."""
 
-    suite: Suite = "MockA"
+    suite: formation.Suite = "MockA"
     """Variant of the mock galaxy formation model; the name of the suite."""
     set: Literal["CV", "LH"] = "CV"
     """CV: fiducial parameters. LH: a Latin hypercube of cosmology and feedback. Seeds differ in both."""
@@ -45,12 +46,12 @@ class SimulateConfig(StrictModel):
     """Make only these simulations of the set (0 to simulations - 1)."""
     seed: Annotated[int, Field(ge=0, lt=200_000)] = 0
     """Simulation i has the seed 10000 * seed + i + 1 (0 and 1 would give pmesh the same noise)."""
-    layout: Layout = "camels"
+    layout: files.Layout = "camels"
     """Tree and names of the files."""
     n_files: Annotated[int, Field(ge=1)] = 1
     """Chunks of a snapshot; ranks write them side by side, so no fewer than ranks in large runs."""
-    box_size: Annotated[float, Field(gt=0)] = 25.0
-    """Mpc/h."""
+    box_size: Annotated[float, Field(gt=2 * halos.ENVIRONMENT_RADIUS)] = 25.0
+    """Mpc/h; more than the diameter of what is called a halo's environment."""
     n_particles: Annotated[int, Field(ge=8)] = 64
     """Particles a side."""
     steps: Annotated[int, Field(ge=2)] = 15
@@ -60,12 +61,12 @@ class SimulateConfig(StrictModel):
     initial_redshift: Annotated[float, Field(gt=1)] = 19.0
     """Where 2LPT hands over to COLA."""
     precision: Literal["f4", "f8"] = "f8"
-    """f4 takes half the memory; 1 and 2 ranks then agree to 1e-4 of the box, with f8 to 1e-12."""
+    """f4 takes half the memory; numbers of ranks then agree to 1e-4 of the box, with f8 to 1e-12."""
     fixed_amplitude: bool = False
     """Initial modes of exactly their mean amplitude, with random phases."""
     inverted_phase: bool = False
     """Initial field of the opposite sign: the pair of the simulation with the same seed."""
-    transfer: Transfer = "CLASS"
+    transfer: cola.Transfer = "CLASS"
     """Linear transfer function."""
     Omega_m: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Of the CV set."""
@@ -83,8 +84,11 @@ class SimulateConfig(StrictModel):
                 f"select: {wrong} not among the {self.simulations} simulations of this set, which are 0 to "
                 f"{self.simulations - 1}"
             )
-        if self.Omega_b >= self.Omega_m:
-            raise ValueError(f"Omega_b ({self.Omega_b}) must be below Omega_m ({self.Omega_m})")
+        lowest = RANGES["Omega_m"][0] if self.set == "LH" else self.Omega_m
+        if self.Omega_b >= lowest:
+            raise ValueError(
+                f"Omega_b ({self.Omega_b}) must be below Omega_m ({lowest} at least in this set)"
+            )
         return self
 
     @property
@@ -144,9 +148,6 @@ def universes(config: SimulateConfig) -> list[Universe]:
 
 def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     """Make the simulations of a set under ``out``, on all MPI ranks. Those that are complete are kept."""
-    from galdist.simulations import files
-    from galdist.statistics import require_nbodykit
-
     require_nbodykit()
     comm = mpi.world()
     chosen = universes(config)
@@ -180,9 +181,15 @@ def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path
     comm.Barrier()
 
 
-def _make(comm: Any, config: SimulateConfig, universe: Universe, paths: Any, done: int, total: int) -> None:
+def _make(
+    comm: Any,
+    config: SimulateConfig,
+    universe: Universe,
+    paths: files.SimulationFiles,
+    done: int,
+    total: int,
+) -> None:
     """One simulation, from initial conditions to files."""
-    from galdist.simulations import cola, files, formation, halos
 
     def report(part: float, note: str) -> None:
         if comm.rank == 0:
