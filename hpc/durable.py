@@ -80,6 +80,15 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def folder_size(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files under ``folder``, which need not exist; files that vanish meanwhile count nothing."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def require_space(folder: str | os.PathLike[str], n_bytes: float, what: str) -> None:
     """Stop before work that will not fit on the disk of ``folder`` (which need not exist yet).
 

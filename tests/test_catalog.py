@@ -1,6 +1,8 @@
 """The catalogue store and the stage that fills it."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from universe import Truth, write_camels
 from galdist.catalogs.catalog import CatalogConfig, CatalogStore, CatalogWriter, catalog, open_catalog
 from galdist.grids.store import SimulationAttrs, StoreError
 from galdist.simulations.simulation import SimulationError
+from hpc import durable
 
 ATTRS = SimulationAttrs(name="MockA_CV_0", box_size=25.0, redshift=0.0, suite="MockA")
 
@@ -111,3 +114,12 @@ def test_what_is_not_there_is_said(made: tuple[CatalogStore, dict[str, Truth], P
         CatalogWriter(tmp_path / "c.zarr").add(ATTRS, {"halos": {"mass": np.ones(2), "n": np.ones(3)}})
     with pytest.raises(SimulationError, match="'MockB'; did you mean 'MockA'"):
         catalog(CatalogConfig(path=root, suite="MockB"), {}, tmp_path)
+
+
+def test_room_is_asked_for_first(
+    made: tuple[CatalogStore, dict[str, Truth], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(durable.NotEnoughSpace, match="catalogs of 3 simulations"):
+        catalog(CatalogConfig(path=made[2], suite="MockA"), {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,8 @@
 """Crops and tiles of periodic boxes; the order of samples; the cache."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from galdist.data.datasets import (
 )
 from galdist.data.transforms import N_SYMMETRIES, cube_symmetry
 from galdist.grids.store import StoreError
-from hpc import ddp
+from hpc import ddp, durable
 
 ALONE = ddp.Group(0, 1, 0, torch.device("cpu"))
 
@@ -255,3 +257,18 @@ def test_batches_that_do_not_divide_are_refused(grids: Path, tmp_path: Path) -> 
         data.sampler(ALONE, 8, 1, seed=0)
     with pytest.raises(ValueError, match="leaves nothing"):
         CropsConfig(crop=8, margin=4)
+
+
+def test_room_is_asked_for_what_is_not_yet_decoded(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, fields = CropsConfig(crop=8, workers=0), ["matter_counts"]
+    data = GridData(config, [grids], fields, tmp_path / "cache")
+    box_bytes = data.training[0].open().array("matter_counts").nbytes
+    room = box_bytes * len(data.training)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room - 1))
+    with pytest.raises(durable.NotEnoughSpace, match="decoded boxes"):
+        GridData(config, [grids], fields, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    data.cache.load(0, "matter_counts")
+    GridData(config, [grids], fields, tmp_path / "cache")

@@ -1,4 +1,6 @@
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from galdist.statistics.hod import (
     paint,
 )
 from galdist.statistics.metrics import load_metrics
+from hpc import durable
 
 TRUTH = Occupation(M_min=3e11, M_1=2e12, alpha=0.9)
 
@@ -400,4 +403,11 @@ def test_a_box_without_halos_is_an_error(tmp_path):
     writer.finish(store.names())
     with pytest.raises(ValueError, match="A_CV_1 has no nbody_halos"):
         hod(HodConfig(seed=1), inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_is_asked_for_first(model_universe, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(durable.NotEnoughSpace, match="predictions of 1 boxes"):
+        hod(HodConfig(seed=1), model_universe, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -398,3 +400,12 @@ def test_galaxies_without_a_catalog(tmp_path: Path) -> None:
     ingest(config(root, min_stellar_mass=1e20), {}, tmp_path / "none")
     counts = open_store(tmp_path / "none" / "grids.zarr")["MockA_CV_0"].read("galaxy_counts")
     assert not counts.any(), "a box may hold no galaxy above the limit"
+
+
+def test_room_is_asked_for_first(
+    tree: tuple[Path, dict[str, Truth]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(durable.NotEnoughSpace, match="ingest of 3 simulations"):
+        ingest(config(tree[0]), {}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -27,7 +27,7 @@ from galdist.grids.store import (
     use_zarrs,
 )
 from galdist.simulations.simulation import SelectionConfig, Simulation, SimulationError
-from hpc import progress
+from hpc import durable, progress
 
 log = logging.getLogger(__name__)
 
@@ -198,16 +198,25 @@ def catalog(config: CatalogConfig, inputs: Mapping[str, list[Path]], out: Path) 
     for simulation, _ in simulations:
         if not simulation.group_files and not simulation.nbody_group_files:
             raise SimulationError(f"{simulation.name}: there is no group catalogue")
-    writer = CatalogWriter(out / "catalog.zarr")
+    path = out / "catalog.zarr"
+    begun = CatalogWriter(path) if path.exists() else ()
+    sources = {simulation.name: _sources(simulation) for simulation, _ in simulations}
+    # Tables are a part of what group files hold.
+    n_bytes = sum(source.size for name, held in sources.items() if name not in begun for source in held)
+    durable.require_space(out, n_bytes, f"catalogs of {len(simulations)} simulations")
+    writer = CatalogWriter(path)
     for done, (simulation, split) in enumerate(simulations):
         progress.report(done, len(simulations), simulation.name)
         if simulation.name not in writer:
-            files = (*simulation.group_files, *simulation.nbody_group_files)
-            sources = [Source(file=str(file), size=file.stat().st_size) for file in files]
-            attrs = SimulationAttrs.of(simulation, cast(Split, split), sources)
+            attrs = SimulationAttrs.of(simulation, cast(Split, split), sources[simulation.name])
             writer.add(attrs, _tables(simulation, config.min_stellar_mass))
     writer.finish([simulation.name for simulation, _ in simulations])
     progress.report(len(simulations), len(simulations))
+
+
+def _sources(simulation: Simulation) -> list[Source]:
+    files = (*simulation.group_files, *simulation.nbody_group_files)
+    return [Source(file=str(file), size=file.stat().st_size) for file in files]
 
 
 def _tables(simulation: Simulation, min_stellar_mass: float) -> dict[str, Table]:

@@ -223,6 +223,11 @@ class BoxCache:
         """Remove this node's files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of this node's files."""
+        return durable.folder_size(self.folder)
+
     def _path(self, box: int, field: str) -> Path:
         return self.folder / f"{box:06d}-{field}.npy"
 
@@ -402,10 +407,12 @@ class GridData:
                 self.window, max(1, budget // (2 * box_bytes))
             )  # the window before may still be read
         n_cached = min(2 * self.window, len(self.training))
-        durable.require_space(
-            cache_folder, n_cached * box_bytes, f"{n_cached} decoded boxes (data.cache_gib bounds them)"
-        )
         self.cache = BoxCache(cache_folder, self.training, most_open=2 * self.window)
+        durable.require_space(
+            cache_folder,
+            n_cached * box_bytes - self.cache.nbytes,
+            f"{n_cached} decoded boxes (data.cache_gib bounds them)",
+        )
 
     def sampler(self, group: ddp.Group, batch_size: int, parts: int, seed: int) -> CropSampler:
         """The order of the training samples.

@@ -180,9 +180,15 @@ def ingest(config: IngestConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     path, scratch, finished = out / "grids.zarr", out / ".ingest", out / ".ingest-finished"
     shutil.rmtree(finished, ignore_errors=True)
     jobs = _jobs(config, [simulation for simulation, _ in simulations], path, scratch)
-    store = _open_or_create(config, simulations, path, scratch)
+    try:
+        store = open_store(path, mode="r+")
+    except StoreError:
+        store = None
+        shutil.rmtree(scratch, ignore_errors=True)  # marks of another store would be lies
     tasks = [(job, [s for s in range(job.n_slabs) if not job.painted(s).exists()]) for job in jobs]
     durable.require_space(out, _bytes_to_write(config, tasks), f"ingest of {len(simulations)} simulations")
+    if store is None:
+        store = _create(config, simulations, path)
     if any(slabs for _, slabs in tasks):
         _run(tasks, out)
     store.write_sources({simulation.name: _sources(jobs, simulation) for simulation, _ in simulations})
@@ -222,13 +228,7 @@ def _jobs(config: IngestConfig, simulations: list[Simulation], path: Path, scrat
     ]
 
 
-def _open_or_create(
-    config: IngestConfig, simulations: list[tuple[Simulation, str]], path: Path, scratch: Path
-) -> GridStore:
-    try:
-        return open_store(path, mode="r+")
-    except StoreError:
-        shutil.rmtree(scratch, ignore_errors=True)  # marks of another store would be lies
+def _create(config: IngestConfig, simulations: list[tuple[Simulation, str]], path: Path) -> GridStore:
     fields = [
         Field(
             name=field.name,

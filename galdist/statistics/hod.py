@@ -346,11 +346,15 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     number = np.concatenate([table["n_galaxies"] for table in tables]).astype(float)
     occupation = fit(mass, number, config.outliers)
     log.info("occupation of %d halos of %s: %s", mass.size, ", ".join(training), occupation)
+    first = next(iter(targets.values()))
+    truth = first.field(config.field)
+    voxel = np.dtype(truth.dtype).itemsize + np.dtype(np.float32).itemsize  # a realization and its mean
+    durable.require_space(
+        out, voxel * first.n_mesh**3 * len(targets), f"predictions of {len(targets)} boxes before compression"
+    )
     record = {**asdict(occupation), "mass": config.mass, "training": training}
     durable.write_json(out / "hod.json", {**record, "occupation": _binned(mass, number, occupation)})
 
-    first = next(iter(targets.values()))
-    truth = first.field(config.field)
     scheme: Scheme = "ngp" if truth.assignment == "none" else truth.assignment
     mean = truth.model_copy(update={"name": f"expected_{config.field}", "dtype": "float32"})
     store = create_store(
