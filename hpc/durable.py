@@ -81,7 +81,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def folder_size(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all files under ``folder``, which need not exist; files that vanish meanwhile count nothing."""
+    """Bytes of all files under ``folder``, which need not exist; files that vanish meanwhile do not count."""
     total = 0
     for path in Path(folder).rglob("*"):
         with contextlib.suppress(FileNotFoundError):
