@@ -28,8 +28,8 @@ def world() -> Any:
     expected = int(os.environ.get(VARIABLE, comm.size))
     if comm.size != expected:
         raise WrongWorldSize(
-            f"{expected} MPI ranks were started but this one sees {comm.size}. The mpirun in use is not that of "
-            f"the MPI library in use ({MPI.Get_library_version().splitlines()[0]}); run `make setup` again, or "
-            "name the right launcher in the site file"
+            f"{expected} MPI ranks were started but this one sees {comm.size}. The mpirun in use is not that "
+            f"of the MPI library in use ({MPI.Get_library_version().splitlines()[0]}); run `make setup` "
+            "again, or name the right launcher in the site file"
         )
     return comm
