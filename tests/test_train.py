@@ -1,9 +1,12 @@
 """The loop: what it writes, what it refuses, and that a killed run ends with the same weights."""
 
 import json
+import shutil
 import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from small_grids import CLASSIFIER, Ranks, make_grids
 
 from galdist.statistics.metrics import load_metrics
 from galdist.training.checkpoint import Checkpoints, load_model
-from galdist.training.train import CosineSchedule, HalvingSchedule, TrainConfig, train
-from hpc import ddp
+from galdist.training.train import CosineSchedule, HalvingSchedule, TrainConfig, _Training, train
+from hpc import ddp, durable
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +239,31 @@ def test_a_stopped_training_saves_its_step(
     with Ranks("train", CLASSIFIER | long, {"grids": [grids]}, out) as ranks:
         ranks.succeed()
     assert same(last_weights(out), last_weights(uninterrupted))
+
+
+def test_a_training_killed_in_validation_loses_no_step(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(grids, tmp_path / "whole")
+    steps = int(max((tmp_path / "whole" / "checkpoints").glob("step-*")).name[5:]) // CLASSIFIER["epochs"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Training, "_validate", lambda self: sys.exit(1))
+        with pytest.raises(SystemExit):
+            run(grids, tmp_path / "out")
+    checkpoints = Checkpoints(tmp_path / "out" / "checkpoints")
+    newest = checkpoints.latest()
+    assert newest is not None
+    assert checkpoints.state(newest)["position"]["step"] == steps
+    assert same(run(grids, tmp_path / "out"), whole)
+    assert comparable(tmp_path / "out") == comparable(tmp_path / "whole")
+
+
+def test_room_for_checkpoints_is_asked_for_first(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(**CLASSIFIER | {"data": {"crop": 16, "crops_per_box": 8, "workers": 0}})
+    cached = 2 * 2 * 16**3 * 4  # decoded boxes, which are asked for on their own
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=cached))
+    with pytest.raises(durable.NotEnoughSpace, match="checkpoints and the model"):
+        train(config, {"grids": [grids]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -110,7 +110,7 @@ class TrainConfig(StrictModel):
     halo: NonNegativeInt | None = None
     """Cells read around such a tile. By default the model's reach, which makes tiles exact."""
     checkpoint_minutes: PositiveFloat = 10.0
-    """Time between checkpoints within an epoch; every epoch ends with one."""
+    """Time between checkpoints within an epoch; its validation comes between two others."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -202,6 +202,7 @@ class _Training:
         resumed: str | None = group.broadcast(self.checkpoints.latest() if group.is_main else None)
         state = None if resumed is None else self.checkpoints.state(resumed)
         self.position = Position() if state is None else Position(**state["position"])
+        self._require_space()
         loader = self.data.loader(self.sampler, config.seed, pin_memory=group.device.type == "cuda")
         # Workers start now, while the model is being made ready.
         self._batches: Callable[[], Iterator[Any]] = lambda: iter(loader)
@@ -221,9 +222,10 @@ class _Training:
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
             self.average = AveragedModel(self.objective, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-        torch.manual_seed(
-            config.seed + group.rank + 1
-        )  # each rank: its own noise, for objectives that draw any
+        # Each rank: its own noise, for objectives that draw any.
+        torch.manual_seed(config.seed + group.rank + 1)
+        np.random.seed((config.seed + group.rank + 1) % 2**32)
+        random.seed(config.seed + group.rank + 1)
         if resumed is not None and state is not None:
             self._restore(resumed, state)
         self.saved_at = time.monotonic()
@@ -250,6 +252,15 @@ class _Training:
             )
             self._save()
         self._finish()
+
+    def _require_space(self) -> None:
+        """Room for the checkpoints that are kept, the one being written, and the best models."""
+        weights = sum(tensor.nbytes for tensor in self.objective.state_dict().values())
+        moments = 2 * sum(tensor.nbytes for tensor in self.objective.parameters() if tensor.requires_grad)
+        copies = 1 if self.config.ema_decay is None else 2
+        n_bytes = (Checkpoints.KEPT + 1) * (copies * weights + moments) + 3 * weights
+        held = durable.folder_size(self.checkpoints.folder)
+        durable.require_space(self.out, n_bytes - held, "checkpoints and the model")
 
     def _train_epoch(self) -> None:
         config, group, position = self.config, self.group, self.position
@@ -280,9 +291,9 @@ class _Training:
             self._report(losses, norm)
             due = group.is_main and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
             stop, save = group.any(bool(self.stop), due)
-            if stop or save or position.step == n_steps:
-                self._add_losses(losses)
+            save = save or position.step == n_steps  # validation does not stop for a signal
             if stop or save:
+                self._add_losses(losses)
                 self._save()
             if stop:
                 raise ddp.Stopped(self.stop.signum)
