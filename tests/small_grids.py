@@ -59,11 +59,13 @@ def free_port() -> int:
 
 
 _RANK = """
-import logging, sys
+import importlib, logging, sys
 from pathlib import Path
 from hpc import durable
 logging.basicConfig(level=logging.INFO)
 spec = durable.read_json(sys.argv[1])
+for module in sys.argv[2:]:
+    importlib.import_module(module)
 from {module} import {function} as stage, {config} as Config
 inputs = {{role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}}
 stage(Config(**spec["config"]), inputs, Path(spec["out"]))
@@ -74,8 +76,15 @@ class Ranks:
     """Processes that call a stage together, as a launcher starts them; none is left after a `with`."""
 
     def __init__(
-        self, stage: str, config: dict[str, Any], inputs: dict[str, list[Path]], out: Path, n_ranks: int = 1
+        self,
+        stage: str,
+        config: dict[str, Any],
+        inputs: dict[str, list[Path]],
+        out: Path,
+        n_ranks: int = 1,
+        modules: Sequence[str] = (),
     ) -> None:
+        """``modules`` of the tests are imported first."""
         out.mkdir(parents=True, exist_ok=True)
         spec = out.parent / f"{out.name}-spec.json"
         steps = {role: [str(step) for step in folders] for role, folders in inputs.items()}
@@ -88,7 +97,7 @@ class Ranks:
         self.processes = []
         for rank in range(n_ranks):
             environment = os.environ | {
-                "PYTHONPATH": str(Path(__file__).parents[1]),
+                "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
                 "OMP_NUM_THREADS": "1",
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -99,7 +108,10 @@ class Ranks:
             with open(self.log, "ab") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", code, str(spec)], env=environment, stdout=log, stderr=log
+                        [sys.executable, "-c", code, str(spec), *modules],
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
                     )
                 )
 

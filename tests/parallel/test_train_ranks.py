@@ -33,8 +33,13 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return step
 
 
-def trained(grids: Path, out: Path, n_ranks: int) -> Path:
-    with Ranks("train", CONFIG, {"grids": [grids]}, out, n_ranks) as ranks:
+NOISY = CONFIG | {"model": CLASSIFIER["model"] | {"name": "noisy"}}
+
+
+def trained(
+    grids: Path, out: Path, n_ranks: int, config: dict[str, Any] = CONFIG, modules: tuple[str, ...] = ()
+) -> Path:
+    with Ranks("train", config, {"grids": [grids]}, out, n_ranks, modules) as ranks:
         ranks.succeed()
     return out
 
@@ -83,11 +88,33 @@ def test_a_killed_rank_ends_the_others_and_the_next_start_finishes(
     assert all(torch.equal(best[name], expected[name]) for name in best)
 
 
+def test_random_numbers_of_all_generators_go_on(grids: Path, tmp_path: Path) -> None:
+    uninterrupted = trained(grids, tmp_path / "uninterrupted", 2, NOISY, ("noisy_objective",))
+    out = tmp_path / "out"
+    often = NOISY | {"checkpoint_minutes": 1e-6}
+    with Ranks("train", often, {"grids": [grids]}, out, 2, ("noisy_objective",)) as ranks:
+        ranks.signal_when(out / "checkpoints", "step-*", 2, signal.SIGKILL)
+        ranks.wait(60)
+    trained(grids, out, 2, NOISY, ("noisy_objective",))
+    one, other = last_weights(out), last_weights(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_one_asked_to_stop_stops_all_at_one_step(grids: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with Ranks("train", CONFIG | {"epochs": 200}, {"grids": [grids]}, out, 2) as ranks:
+    long = CONFIG | {"epochs": 12}
+    with Ranks("train", long, {"grids": [grids]}, out, 2) as ranks:
         ranks.signal_when(out / "checkpoints", "best-*", 1, signal.SIGTERM, rank=1)
         assert ranks.wait(60) == [128 + signal.SIGTERM] * 2
+    checkpoints = Checkpoints(out / "checkpoints")
+    newest = checkpoints.latest()
+    assert newest is not None
+    assert len(checkpoints.state(newest)["random"]) == 2  # of both ranks, at one step
+    assert not (out / "model").exists()
+    trained(grids, out, 2, long)
+    assert f"continues from {newest}" in (tmp_path / "out-log.txt").read_text()
+    one, other = last_weights(out), last_weights(trained(grids, tmp_path / "uninterrupted", 2, long))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])
