@@ -182,6 +182,19 @@ def test_losses_below_zero_are_drawn_on_a_linear_scale() -> None:
     assert ax.get_yscale() == "linear"
 
 
+def test_a_mean_field_is_seen_where_it_is_below_one() -> None:
+    with plots.style():
+        figure, (ax,) = plots.figure()
+        image = np.full((4, 4), 0.01)
+        image[2, 1], image[1, 2] = 3.5, 0.1
+        plots.plot_slice(ax, image, 25.0, "counts")
+        figure.draw_without_rendering()
+    black = [0, 0, 0, 1]
+    colors = ax.images[0].cmap(ax.images[0].norm(image))
+    assert colors[1, 2].tolist() != black
+    assert colors[0, 0].tolist() == black
+
+
 def test_slices_share_their_scale_and_show_where_it_ends() -> None:
     with plots.style():
         figure, (first, second) = plots.figure(columns=2)

@@ -165,7 +165,8 @@ def plot_slice(
     ----------
     image : (n_y, n_x)
         ``overdensity``: density over mean density (log scale); ``counts``: sum along each column (log
-        scale, none is black); ``probability``: the highest of each column.
+        scale from 0.5, or from 0.05 for means, which are no whole numbers; below is black);
+        ``probability``: the highest of each column.
     box_size
         side of the box [Mpc/h].
     vmax
@@ -180,7 +181,9 @@ def plot_slice(
         norm, color_map, label = LogNorm(0.1, max(vmax, 1.0), clip=True), "magma", r"$1 + \delta$"
     elif quantity == "counts":
         # Most columns hold none or one, a cluster holds many. None is black, one stands out against it.
-        norm, color_map, label = LogNorm(0.5, max(vmax, 2.0)), "viridis", f"{plain(unit)} per column"
+        # A mean field is far below one nearly everywhere.
+        floor = 0.5 if np.array_equal(image, np.rint(image)) else 0.05
+        norm, color_map, label = LogNorm(floor, max(vmax, 2.0)), "viridis", f"{plain(unit)} per column"
     else:
         norm, color_map, label = Normalize(0, 1), "viridis", "highest probability in column"
     shown = ax.imshow(
@@ -389,11 +392,12 @@ def _curves(
     ax.axvspan(nyquist, 2 * nyquist, color=MUTED, alpha=0.12, linewidth=0)
     ax.annotate(
         r"$k_\mathrm{Nyquist}$",
-        (nyquist, 0),
-        (2, 3),
+        (nyquist, 1),
+        (2, -9),  # below the ticks
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
         rotation=90,
+        va="top",
         fontsize=8,
         color=MUTED,
     )
