@@ -35,12 +35,6 @@ def weighted_squared_error(predicted: Tensor, counts: Tensor, nonempty_weight: f
     return weights * (predicted - counts).square()
 
 
-def unweighted_probability(probability: Tensor, positive_weight: float) -> Tensor:
-    """Probability q of the positive class, from the p that weighted cross-entropy teaches: p/(1-p) = w
-    q/(1-q)."""
-    return probability / (probability + positive_weight * (1 - probability))
-
-
 def unweighted_mean(mean: Tensor, occupied: Tensor, nonempty_weight: float) -> Tensor:
     """Mean count, from the mean f that the weighted squared error teaches.
 
