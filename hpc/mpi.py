@@ -22,6 +22,9 @@ def world() -> Any:
         where the launcher started more ranks than this process sees. That happens when ``mpirun`` belongs to
         another MPI than the library mpi4py loads: every rank then believes it is alone and does all the work.
     """
+    if not any(name.startswith(("PMI", "OMPI_")) for name in os.environ):
+        # Alone, outside mpirun: no peer can ever call, so UCX need not listen on the network.
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD

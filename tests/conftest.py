@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("UCX_NET_DEVICES", "lo")  # tests that use nbodykit in this process open no port either
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
