@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ def group() -> Iterator[Group]:
         # nothing or an address that others reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
     try:
         yield Group(rank, world_size, local_rank, device)
     finally:
@@ -189,6 +191,23 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _store(rank: int, world_size: int) -> Any:
+    """The `torch.distributed.Store` in which ranks find each other; rank 0 serves it.
+
+    A server that torch opens by itself listens on every interface of the machine: this one is reached through
+    ``MASTER_ADDR`` alone.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = None
+    if rank == 0:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server((address[0], port), family=family, backlog=max(128, world_size))
+        listening = listener.detach()  # the store closes it
+    return dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in torch's __all__
+        host, port, world_size, rank == 0, default_pg_timeout, master_listen_fd=listening
+    )
 
 
 def _device(local_rank: int) -> torch.device:

@@ -35,6 +35,7 @@ def test_one_process_is_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 _RANKS = """
+import psutil
 import torch
 from torch import nn
 from hpc import ddp
@@ -59,11 +60,18 @@ with ddp.group() as group:
     wrapped(x).sum().backward()
     torch.testing.assert_close(module.weight.grad, torch.full((1, 3), float(n + 1)))  # mean of 2 (rank + 1)
     group.barrier()
+    listening = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and set(listening) <= {"127.0.0.1", "::1"}, listening
+    group.barrier()
 """
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
-def test_ranks_reduce_and_average_gradients(n_ranks: int) -> None:
+def test_ranks_reduce_and_average_gradients_on_loopback(n_ranks: int) -> None:
     port = str(free_port())
     base = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     ranks = [
