@@ -152,7 +152,7 @@ def execute(
             names = list(state.running)
             for running in state.running.values():
                 running.job.cancel()
-                _write_record(out, running, None)
+                _write_record(out, running, running.job.poll(), stopped=True)
             if isinstance(stop, KeyboardInterrupt):
                 raise Interrupted(stop.args[0] if stop.args else signal.SIGINT, names) from None
             raise
@@ -221,7 +221,7 @@ def _start(state: _State, entry: PlannedStep, view: StepView) -> _Running:
         "started": _now(),
         "finished": None,
         "seconds": seconds_before,
-        "peak_memory": {},
+        "peak_memory": before.get("peak_memory", {}),
         "error": None,
     }
     durable.write_json(folder / PROVENANCE, record)
@@ -265,14 +265,21 @@ def _finish(state: _State, running: _Running, outcome: launch.Outcome) -> None:
         folder / DONE, {"fingerprint": running.planned.fingerprint, "finished": _now(), "bytes": size}
     )
     view.state = "done"
-    peak = max(outcome.peak_memory.values(), default=0)
+    peak = max(running.record["peak_memory"].values(), default=0)
     view.detail = f"{size_text(size)}, peak memory {size_text(peak)} a process"
 
 
-def _write_record(out: Path, running: _Running, outcome: launch.Outcome | None) -> None:
+def _write_record(
+    out: Path, running: _Running, outcome: launch.Outcome | None, stopped: bool = False
+) -> None:
+    """Write down how an attempt ended; one that was ``stopped`` is neither finished nor failed."""
     running.record["seconds"] = running.seconds_before + time.time() - running.view.started
     if outcome is not None:
-        running.record["peak_memory"] = outcome.peak_memory
+        peaks = running.record["peak_memory"]  # of earlier attempts
+        running.record["peak_memory"] = peaks | {
+            who: max(peak, peaks.get(who, 0)) for who, peak in outcome.peak_memory.items()
+        }
+    if outcome is not None and not stopped:
         running.record["hosts"] = sorted(set(outcome.hosts))
         running.record["error"] = str(outcome.failures[0]) if outcome.failures else None
         running.record["finished"] = None if outcome.failures else _now()

@@ -268,6 +268,27 @@ def test_provenance(run: Callable[..., list[str]], tmp_path: Path) -> None:
     assert resolved["steps"][1]["config"]["seed"] == 1
 
 
+def test_peak_memory_is_the_largest_of_all_attempts(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Also of one that was interrupted; a process of that attempt alone is not forgotten."""
+
+    def stop(view: RunView) -> None:
+        if any(step.progress and step.progress.done for step in view.steps):
+            raise KeyboardInterrupt
+
+    data = study(a={"seconds": 1.5})
+    path = tmp_path / "out" / "a" / "provenance.json"
+    with pytest.raises(pipeline.Interrupted):
+        pipeline.execute(load(tmp_path, data), tmp_path / "out", Site(), stop, stages=STAGES)
+    record = durable.read_json(path)
+    assert record["peak_memory"]["rank 0"] > 10e6
+    assert (record["finished"], record["error"]) == (None, None)
+    durable.write_json(path, {**record, "peak_memory": {"rank 0": 1, "rank 0 process 1": 10**12}})
+    assert run(data, site=Site(), only="a") == ["a"]
+    peaks = durable.read_json(path)["peak_memory"]
+    assert peaks["rank 0"] > 10e6
+    assert peaks["rank 0 process 1"] == 10**12
+
+
 def test_commit_of_the_source() -> None:
     commit = provenance.git_commit()
     root = Path(galdist.__file__).parents[1]
