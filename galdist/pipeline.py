@@ -96,6 +96,7 @@ class _State:
 
     out: Path
     site: Site
+    run_seed: int
     view: RunView
     planned: dict[str, PlannedStep]
     waiting: dict[str, PlannedStep] = field(default_factory=dict)
@@ -140,7 +141,7 @@ def execute(
             if entry.again and entry.runs and (out / entry.name).exists():
                 _put_aside(out, entry.name, restorable=False)
         view = RunView(run.file.name, out, [_first_view(entry) for entry in steps])
-        state = _State(out, site, view, {entry.name: entry for entry in steps})
+        state = _State(out, site, run.file.seed, view, {entry.name: entry for entry in steps})
         for entry in steps:
             if entry.runs:
                 state.waiting[entry.name] = entry
@@ -211,6 +212,7 @@ def _start(state: _State, entry: PlannedStep, view: StepView) -> _Running:
         "inputs": entry.inputs,
         "external": entry.external,
         "seed": getattr(entry.config, "seed", None),
+        "run_seed": state.run_seed,
         "ranks": entry.ranks,
         "runtime": entry.stage.runtime,
         "versions": provenance.versions(),

@@ -255,6 +255,7 @@ def test_provenance(run: Callable[..., list[str]], tmp_path: Path) -> None:
     assert record["fingerprint"] == steps["b"].fingerprint
     assert record["inputs"] == {"a": steps["a"].fingerprint}
     assert (record["step"], record["stage"], record["seed"], record["ranks"]) == ("b", "pieces", 1, 1)
+    assert record["run_seed"] == 1
     assert record["versions"]["galdist"] == galdist.__version__
     assert record["versions"]["numpy"]
     started, finished = (datetime.datetime.fromisoformat(record[key]) for key in ("started", "finished"))
@@ -318,6 +319,8 @@ def test_external_data(run: Callable[..., list[str]], tmp_path: Path) -> None:
     (data / "snapshot.hdf5").write_text("12345")
     assert run(with_path(data)) == ["a", "b"]
     assert run(with_path(data)) == []
+    record = durable.read_json(tmp_path / "out" / "a" / "provenance.json")
+    assert (record["seed"], record["run_seed"]) == (None, 0), "of a stage that takes no seed"
     (data / "snapshot.hdf5").write_text("123456")
     assert plans(tmp_path, with_path(data)) == {"a": f"{data} changed", "b": "input a changed"}
     assert run(with_path(data)) == ["a", "b"]
