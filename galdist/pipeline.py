@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -321,7 +322,10 @@ def _take_back(out: Path, entry: PlannedStep) -> None:
 
 
 def _put_aside(out: Path, name: str, restorable: bool = True) -> None:
-    """Move a step's folder to ``.replaced/<step>-<fingerprint>``; what shall not come back gets a number."""
+    """Move a step's folder to ``.replaced/<step>-<fingerprint>``.
+
+    What shall not come back gets a number, and takes the place of the step's last one of this kind.
+    """
     folder = out / name
     launch.end_leftovers(folder)
     place = replaced_folder(out, name, str(read_record(folder).get("fingerprint", "unknown")))
@@ -332,6 +336,10 @@ def _put_aside(out: Path, name: str, restorable: bool = True) -> None:
     if restorable and place.exists():
         place.rename(numbered)
     folder.rename(place if restorable else numbered)
+    for copy in place.parent.iterdir():
+        # Of what shall not come back one is enough. What no step made (of an unknown fingerprint) stays.
+        if copy != numbered and numbered.exists() and re.fullmatch(rf"{name}-[0-9a-f]{{8}}\.\d+", copy.name):
+            shutil.rmtree(copy)
 
 
 def _estimate(state: _State) -> None:

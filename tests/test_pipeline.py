@@ -172,6 +172,14 @@ def test_from(run: Callable[..., list[str]], tmp_path: Path) -> None:
     replaced = sorted(path.name for path in (tmp_path / "out" / ".replaced").iterdir())
     assert [name[0] + name[-2:] for name in replaced] == ["b.1", "d.1"], "kept, but not as what to move back"
     assert run(study()) == []
+    (tmp_path / "out" / ".replaced" / "b-unknown.1").mkdir()  # what no step made
+    kept = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").iterdir() if path.name in "bd"}
+    assert run(study(), start_from="b") == ["b", "d"]
+    assert run(study(d={"n_pieces": 3}), start_from="d") == ["d"]
+    copies = [path for path in (tmp_path / "out" / ".replaced").iterdir() if path.name != "b-unknown.1"]
+    assert len([path for path in copies if path.suffix]) == 2, "one of each step"
+    assert kept["b"] in {path.stat().st_ino for path in copies}, "the latest"
+    assert (tmp_path / "out" / ".replaced" / "b-unknown.1").exists()
 
 
 def test_only(run: Callable[..., list[str]], tmp_path: Path) -> None:
