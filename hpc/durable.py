@@ -8,10 +8,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 class NotEnoughSpace(OSError):
@@ -36,6 +39,14 @@ def atomic_path(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pat
             sync_path(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove, anywhere under ``folder``, what `atomic_path` left behind in processes that were killed."""
+    for path in Path(folder).rglob(".*.tmp"):
+        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if match and not psutil.pid_exists(int(match[1])) and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:

@@ -102,7 +102,8 @@ def submit(
         What json can write.
     folder:
         Gets the job's files: ``log.txt`` (``log.1.txt`` and so on for the other ranks), ``progress.json``,
-        ``.job/``. Processes that an earlier job in this folder left behind are ended first.
+        ``.job/``. Processes that an earlier job in this folder left behind are ended first, and their
+        half-written files removed.
     runtime:
         ``serial`` and ``dask``: one process. ``ddp`` and ``mpi``: the function is called on every rank.
         All see the number of ranks (Dask: workers to start) in ``HPC_WORLD_SIZE``.
@@ -110,6 +111,7 @@ def submit(
     resources, site = resources or Resources(), site or Site()
     folder.mkdir(parents=True, exist_ok=True)
     end_leftovers(folder)
+    durable.sweep(folder)
     shutil.rmtree(folder / ".job", ignore_errors=True)
     (folder / "progress.json").unlink(missing_ok=True)
     if site.launcher == "debug":

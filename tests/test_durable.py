@@ -48,6 +48,22 @@ def test_fingerprint_is_the_same_in_another_process() -> None:
     assert other.stdout.strip() == durable.fingerprint({"a": "x", "b": [1, 2.5]})
 
 
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from hpc import durable\n"
+        "with durable.atomic_path(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    final = tmp_path / "deep" / "weights"
+    subprocess.run([sys.executable, "-c", code, str(final)], check=False)
+    assert len(list(final.parent.iterdir())) == 1, "half a file is there"
+    others = [tmp_path / ".notes.tmp", tmp_path / "x.1.tmp", tmp_path / f".live.{os.getpid()}.tmp"]
+    for other in others:
+        other.touch()
+    durable.sweep(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "model" / "weights"
     durable.write_bytes(path, b"good")

@@ -129,6 +129,7 @@ def test_a_partial_result_continues(tmp_path: Path, run: Callable[..., list[str]
     record = {**durable.read_json(folder / "provenance.json"), "finished": None}
     durable.write_json(folder / "provenance.json", record)
     kept = (folder / "piece-0.txt").stat()
+    (folder / f".result.txt.{2**22 + 1}.tmp").write_text("half of it")  # no process has this number
     assert plans(tmp_path, study())["a"] == "continues"
     assert run(study(a={"n_pieces": 5})) == ["a", "b", "d"]
     assert plans(tmp_path, study())["a"] == "continues; moved back"
