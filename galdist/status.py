@@ -42,14 +42,15 @@ def steps_of(out: Path) -> list[StepStatus]:
         where there is no run.
     """
     planned = read_plan(out)
-    if not planned:
-        raise SettingsError(str(out), [Problem((), f"there is no run here (no {PLAN})")])
-    stages = {step["name"]: step["stage"] for step in yaml.safe_load((out / "run.yaml").read_text())["steps"]}
+    if not planned or not (out / "run.yaml").exists():
+        raise SettingsError(str(out), [Problem((), f"there is no run here (no {PLAN} and run.yaml)")])
+    steps = yaml.safe_load((out / "run.yaml").read_text(encoding="utf-8"))["steps"]
     busy = holder(out) is not None
-    return [_status(out / name, stages[name], fingerprint, busy) for name, fingerprint in planned.items()]
+    # A run killed between its two files leaves steps without a plan: what they hold is not what was meant.
+    return [_status(out / step["name"], step["stage"], planned.get(step["name"]), busy) for step in steps]
 
 
-def _status(folder: Path, stage: str, fingerprint: str, busy: bool) -> StepStatus:
+def _status(folder: Path, stage: str, fingerprint: str | None, busy: bool) -> StepStatus:
     entry = read_record(folder)
     if not entry:
         return StepStatus(folder.name, stage, "pending", None, 0, 0, "")

@@ -420,6 +420,16 @@ def test_status_and_results(run: Callable[..., list[str]], tmp_path: Path) -> No
     assert rows[0]["value"] == float(result(tmp_path, "a"))
 
 
+def test_status_of_a_run_killed_between_its_two_files(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """run.yaml is of the new run file, the plan still of the old one."""
+    run(study())
+    data = study()
+    data["steps"][0]["name"] = data["steps"][1]["inputs"]["before"] = "new"
+    durable.write_text(tmp_path / "out" / "run.yaml", load(tmp_path, data).to_yaml())
+    states = {step.name: step.state for step in status.steps_of(tmp_path / "out")}
+    assert states == {"new": "pending", "b": "done", "c": "done", "d": "done"}
+
+
 def plan_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
