@@ -296,7 +296,7 @@ def test_memory_of_tasks(tmp_path: Path) -> None:
     chosen = config(tmp_path / "camels", n_mesh=n_mesh, chunking={"chunk": 32}, checksums=False)
     simulations = chosen.open({})
     path, scratch = tmp_path / "grids.zarr", tmp_path / ".ingest"
-    module._open_or_create(chosen, simulations, path, scratch)
+    module._create(chosen, simulations, path)
     job = module._jobs(chosen, [simulations[0][0]], path, scratch)[0]
     module._scatter(job, 0)  # compiles
     peaks = {}
