@@ -137,6 +137,7 @@ def test_a_partial_result_continues(tmp_path: Path, run: Callable[..., list[str]
     assert result(tmp_path, "a") == expected
     assert (folder / "piece-0.txt").stat().st_ino == kept.st_ino
     assert (folder / "piece-0.txt").stat().st_mtime_ns == kept.st_mtime_ns
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_resources_and_names_of_other_steps_are_no_reason(
