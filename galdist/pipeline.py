@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -38,6 +38,7 @@ from hpc.strict import Problem, SettingsError
 State = Literal["waiting", "running", "done", "kept", "failed", "blocked"]
 
 _TICK = 0.1  # seconds between looks at the running jobs
+_PATIENCE = 1.0  # seconds to wait for a run's folder
 
 
 class RunLocked(RuntimeError):
@@ -370,7 +371,7 @@ def _lock(out: Path) -> Iterator[None]:
     """Hold the run's folder. The lock is the kernel's: that of a killed process is gone with it."""
     with open(out / ".lock", "a+", encoding="utf-8") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(stream)
         except BlockingIOError:
             stream.seek(0)
             raise RunLocked(
@@ -384,6 +385,18 @@ def _lock(out: Path) -> Iterator[None]:
             yield
         finally:
             stream.truncate(0)
+
+
+def _take(stream: TextIO) -> None:
+    """Lock the file; try again for a moment, as `galdist.status.holder` has it for an instant."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import fcntl
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -386,6 +387,14 @@ def test_a_second_run_in_the_folder_stops(run: Callable[..., list[str]], tmp_pat
         other.communicate()
     assert status.holder(tmp_path / "out") is None
     assert run(study()) == [], "the lock of a killed process is gone with it"
+
+
+def test_one_who_only_looks_does_not_stop_a_run(tmp_path: Path) -> None:
+    with open(tmp_path / ".lock", "a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        threading.Timer(0.3, fcntl.flock, (stream, fcntl.LOCK_UN)).start()
+        with pipeline._lock(tmp_path):
+            assert status.holder(tmp_path) is not None
 
 
 def test_the_lock_is_not_inherited(tmp_path: Path) -> None:
