@@ -1,8 +1,8 @@
 """The door to Dask: a client of a cluster that lives as long as the ``with`` block.
 
 `client` is all that callers see; which machines stand behind it is decided here. So far these are processes
-of this machine. A scheduler's cluster (`dask_jobqueue.SLURMCluster`) is another `_Cluster` that `_start`
-chooses.
+of this machine. A scheduler's cluster (`dask_jobqueue.SLURMCluster`) is another `_Cluster` that
+`client` chooses.
 """
 
 import logging
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 MEMORY_VARIABLE = "HPC_MEMORY"  # bytes that the launcher gives to all workers of this node
-_THREADS = ("OMP", "OPENBLAS", "MKL", "NUMBA", "RAYON")  # libraries that would start threads of their own
+THREAD_VARIABLES = tuple(f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMBA", "RAYON"))
+"""Tell libraries how many threads of their own to start."""
 
 
 class _Cluster(Protocol):
@@ -74,7 +75,7 @@ def _local_cluster(n_workers: int, memory: int | None, scratch: Path | None) -> 
     import dask
     from distributed import LocalCluster
 
-    one_thread = {f"{library}_NUM_THREADS": "1" for library in _THREADS}
+    one_thread = dict.fromkeys(THREAD_VARIABLES, "1")
     settings = {
         "distributed.nanny.pre-spawn-environ": {
             **dask.config.get("distributed.nanny.pre-spawn-environ"),

@@ -34,7 +34,6 @@ _LOOPBACK = {  # MPICH's ranks must not be reached from outside this machine, no
     "UCX_NET_DEVICES": _INTERFACE,
 }
 _CRASHES = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-_THREADS = [f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMBA", "RAYON")]
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ class _LocalJob:
         memory = {} if resources.memory is None else {cluster.MEMORY_VARIABLE: str(resources.memory)}
         return {
             **os.environ,
-            **dict.fromkeys(_THREADS, threads),
+            **dict.fromkeys(cluster.THREAD_VARIABLES, threads),
             "PYTHONPATH": os.pathsep.join(_own_paths()),
             **_LOOPBACK,
             **site.environment,
