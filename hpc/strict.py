@@ -155,6 +155,15 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of the sentence that says that ``name`` is unknown: ``"; did you mean 'x'?"``, or a full stop.
+
+    For names of data, which are often long and alike; keys are `nearest`'s, which lists them itself.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
 def validate(
     model: type[M], data: Any, at: Location = (), context: dict[str, Any] | None = None
 ) -> tuple[M | None, list[Problem]]:

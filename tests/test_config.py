@@ -16,7 +16,7 @@ from galdist.config import ExternalPath, load
 from hpc import strict
 from hpc.resources import Resources
 from hpc.site import Site, load_site
-from hpc.strict import SettingsError, StrictModel
+from hpc.strict import SettingsError, StrictModel, did_you_mean
 
 
 def write(folder: Path, text: str) -> str:
@@ -378,3 +378,8 @@ def test_times(text: str | int, seconds: int) -> None:
 )
 def test_memory(text: str | int, n_bytes: int) -> None:
     assert Resources.model_validate({"memory": text}).memory == n_bytes
+
+
+@pytest.mark.parametrize(("name", "end"), [("CV_00", "; did you mean 'CV_0'?"), ("matter", "."), ("", ".")])
+def test_the_nearest_name_or_a_full_stop(name: str, end: str) -> None:
+    assert did_you_mean(name, ["CV_0", "LH_77"]) == end

@@ -13,7 +13,6 @@ alone own, so that no two processes ever touch one file. Statistics of the train
 import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,6 +25,7 @@ from zarr.codecs import ZstdCodec
 from zarr.errors import GroupNotFoundError
 
 from galdist.config import StrictModel
+from hpc.strict import did_you_mean
 
 if TYPE_CHECKING:
     from galdist.simulations.simulation import Simulation
@@ -451,6 +451,4 @@ def use_zarrs() -> None:
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     """The message for a name that is not among those known."""
-    near = get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{what} {name!r} is not there{hint} It has: {', '.join(known) or 'none'}"
+    return f"{what} {name!r} is not there{did_you_mean(name, known)} It has: {', '.join(known) or 'none'}"

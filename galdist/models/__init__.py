@@ -6,9 +6,7 @@ knows nothing else of it. A new family is one file and one line in `MODELS`.
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
-from importlib import import_module
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 from numpy.typing import NDArray
 from pydantic import SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
@@ -16,6 +14,8 @@ from torch import Tensor, nn
 
 from galdist.config import StrictModel
 from galdist.grids.store import Field
+from hpc import rank
+from hpc.strict import did_you_mean
 
 Batch = Mapping[str, Any]
 TrainingFields = Callable[[str], Iterator[NDArray[Any]]]
@@ -99,12 +99,9 @@ def objective_class(name: str) -> type[Objective]:
         where there is none; the message names the nearest.
     """
     if name not in MODELS:
-        near = get_close_matches(str(name), MODELS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(name), MODELS)
         raise ValueError(f"there is no model {name!r}{hint} There are: {', '.join(MODELS)}")
-    module, _, attribute = MODELS[name].partition(":")
-    found: type[Objective] = getattr(import_module(module), attribute)
-    return found
+    return cast("type[Objective]", rank.load(MODELS[name]))
 
 
 def build(config: ModelConfig, parts: Sequence[Objective] = ()) -> Objective:

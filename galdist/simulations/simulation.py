@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,8 @@ from pydantic import Field, model_validator
 
 from galdist.config import ExternalPath, StrictModel
 from galdist.simulations import READERS
+from hpc import rank
+from hpc.strict import did_you_mean
 
 DARK_MATTER, STARS = 1, 4
 NO_SUBHALO = 4294967295  # -1 of a group without subhalos, where the field is unsigned
@@ -217,8 +218,7 @@ class SelectionConfig(StrictModel):
         where = {"volume": self.volume} if self.format == "camels" else {}
         if self.matter is not None:
             where["matter"] = self.matter
-        module, _, function = READERS[self.format].partition(":")
-        opener: Callable[..., list[Simulation]] = getattr(import_module(module), function)
+        opener: Callable[..., list[Simulation]] = rank.load(READERS[self.format])
         simulations = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshot, **where)
         splits = dict.fromkeys((simulation.name for simulation in simulations), "train")
         for split in ("validation", "test"):
@@ -619,6 +619,5 @@ def _all_chunks(chunks: Mapping[int, Path], counter: str) -> tuple[Path, ...]:
 
 def nearest(what: str, given: str, available: Sequence[str]) -> SimulationError:
     """The error for a name that is not among those available."""
-    near = get_close_matches(given, available, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = did_you_mean(given, available)
     return SimulationError(f"no {what} {given!r}{hint} Available: {', '.join(available) or 'none'}")
