@@ -3,10 +3,11 @@
 Training reads random crops. Each candidate holds the same two float32 fields: numbers of dark-matter
 particles in a cell (256^3 clustered particles, CIC: no two alike) and numbers of galaxies (20,000, NGP:
 nearly all zero). Crops are read one by one, in one process, the files in the page cache; the rate is the
-best of three rounds. "zarrs" and "zarr" are the Rust and the Python codec pipeline of zarr-python. The
-store's defaults, chunks of 64^3 without compression read by zarrs, come out best for both fields together:
-parts of such chunks are read without the rest. Training decodes each chunk once and crops it many times, as
-the row "memory" does.
+best of three rounds. "zarrs" and "zarr" are the Rust and the Python codec pipeline of zarr-python. Through
+zarr-python, layouts without compression read by zarrs come out ahead, since parts of such chunks are read
+without the rest; among them, chunks of 64^3 and 128^3 and shards differ by less than two runs of this page
+do. The store's default is the plainest of these: chunks of 64^3, no shards. Training decodes each chunk once
+and crops it many times, as the row "memory" does.
 """
 
 import shutil

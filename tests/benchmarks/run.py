@@ -107,14 +107,17 @@ def cell(value: Any) -> str:
 
 
 def machine() -> str:
-    """Processor, cores and versions."""
+    """Processor, cores, how busy it was, and versions."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists() and (match := re.search(r"model name\s*: (.*)", information.read_text())):
         processor = match[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"{processor}, {cores} cores, Python {platform.python_version()}, {packages}"
+    load = os.getloadavg()[2]  # includes the benchmark's own processes
+    return (
+        f"{processor}, {cores} cores, load average {load:.1f}, Python {platform.python_version()}, {packages}"
+    )
 
 
 def read_sections() -> dict[str, str]:
