@@ -156,6 +156,7 @@ def group() -> Iterator[Group]:
     dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size)
     try:
         yield Group(rank, world_size, local_rank, device)
+        dist.barrier()  # rank 0 serves the store: it must not leave while others still use it
     finally:
         dist.destroy_process_group()
 
