@@ -5,16 +5,21 @@ rename it over the final one (`os.replace` is atomic within a file system).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+_ABANDONED = 3600.0  # seconds
 
 
 class NotEnoughSpace(OSError):
@@ -29,7 +34,7 @@ def atomic_path(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pat
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = final.with_name(f".{final.name}.{_host()}-{os.getpid()}.tmp")
     try:
         yield temporary
         if sync:
@@ -42,11 +47,26 @@ def atomic_path(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pat
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Remove, anywhere under ``folder``, what `atomic_path` left behind in processes that were killed."""
+    """Remove, anywhere under ``folder``, what `atomic_path` left behind in processes that were killed.
+
+    Of processes on other hosts nobody here knows: their files are taken for left behind after an hour.
+    """
     for path in Path(folder).rglob(".*.tmp"):
-        match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
-        if match and not psutil.pid_exists(int(match[1])) and not path.is_dir():
-            path.unlink(missing_ok=True)
+        match = re.fullmatch(r"\..+\.([^.]+)-(\d+)\.tmp", path.name)
+        with contextlib.suppress(FileNotFoundError):
+            if match is None or path.is_dir():
+                continue
+            own = match[1] == _host()
+            if (
+                not psutil.pid_exists(int(match[2]))
+                if own
+                else time.time() - path.stat().st_mtime > _ABANDONED
+            ):
+                path.unlink()
+
+
+def _host() -> str:
+    return socket.gethostname().partition(".")[0]
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:
@@ -76,7 +96,13 @@ def write_json(path: str | os.PathLike[str], value: Any, sync: bool = True) -> N
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        text = Path(path).read_text(encoding="utf-8")  # it was replaced between our opening and reading it
+    return json.loads(text)
 
 
 def fingerprint(value: Any) -> str:
@@ -117,3 +143,20 @@ def require_space(folder: str | os.PathLike[str], n_bytes: float, what: str) -> 
             f"{what} needs {n_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free in {folder}; "
             "make room or choose another output folder"
         )
+
+
+@contextlib.contextmanager
+def room_for(what: str, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, a disk or quota that turns out to be full raises `NotEnoughSpace`.
+
+    Python says neither what was written nor where; the message does: ``what``, into ``folder``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(Path(folder).parent).free / 1e6
+        raise NotEnoughSpace(
+            f"no room for {what} in {folder}: {error.strerror}, {free:.1f} MB are free there"
+        ) from error

@@ -14,7 +14,7 @@ class WrongWorldSize(RuntimeError):
 
 
 def world() -> Any:
-    """The communicator of all ranks of this job (`mpi4py.MPI.Comm`); of size 1 outside `mpirun`.
+    """The communicator of all ranks of this job (`mpi4py.MPI.Comm`); of size 1 outside ``mpirun``.
 
     Raises
     ------
@@ -31,8 +31,9 @@ def world() -> Any:
     expected = int(os.environ.get(VARIABLE, comm.size))
     if comm.size != expected:
         raise WrongWorldSize(
-            f"{expected} MPI ranks were started but this one sees {comm.size}. The mpirun in use is not that "
-            f"of the MPI library in use ({MPI.Get_library_version().splitlines()[0]}); run `make setup` "
-            "again, or name the right launcher in the site file"
+            f"{expected} MPI ranks were started but this one sees {comm.size}. The mpirun, or srun --mpi, in "
+            "use is not that of the MPI library in use "
+            f"({MPI.Get_library_version().splitlines()[0]}); run `make setup` again, or name the right "
+            "launcher in the site file (mpirun, or mpi: pmi2, pmix)"
         )
     return comm

@@ -3,6 +3,7 @@
 The launcher names the file in ``HPC_PROGRESS``; a function that reports without one reports to nobody.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -74,17 +75,17 @@ def link(name: str, address: str) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Progress | None:
-    """The last report in a progress file; None where there is none yet."""
+    """The last report in a progress file; None where there is none that can be read."""
     try:
         return Progress(**durable.read_json(path))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a progress file ({error}); remove it") from None
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None  # it is not flushed to the disk: a machine that goes down may leave it empty
 
 
 def _write(path: str, state: Progress, force: bool) -> None:
     global _written
     if force or state.time - _written >= _INTERVAL:
         _written = state.time
-        durable.write_json(Path(path), vars(state), sync=False)
+        # A job does not end because the disk is too full to tell how far it is.
+        with contextlib.suppress(durable.NotEnoughSpace), durable.room_for("progress", path):
+            durable.write_json(Path(path), vars(state), sync=False)

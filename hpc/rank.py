@@ -2,16 +2,20 @@
 
 The process splits in two. The child calls the function; the parent watches it: it writes when and how the
 child ended (also where it was killed), measures the memory of the child and of everything below it, passes
-signals on, and ends all of it as soon as the orchestrator is gone, whatever the child is busy with.
+signals on, and ends all of it as soon as the orchestrator is gone, whatever the child is busy with. On a
+node that the orchestrator cannot be seen from, the job's `spec.json` says whether it is still wanted, and
+whether it shall stop.
 """
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import importlib
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -31,6 +35,8 @@ _MPI_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _FORWARDED = (signal.SIGTERM, signal.SIGINT)
 _INTERVAL = 0.25  # seconds between looks at the orchestrator
 _SAMPLE = 1.0  # seconds between looks at the memory
+_LOOK = 2.0  # seconds between looks at the job's file, which may lie on a busy file server
+_STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a function that was told to stop
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,7 +59,15 @@ def report_path(folder: Path, rank: int) -> Path:
 def identity() -> dict[str, Any]:
     """This process: host, pid and the time it started, which together no other process has."""
     me = psutil.Process()
-    return {"host": socket.gethostname(), "pid": me.pid, "created": me.create_time()}
+    return {"host": socket.gethostname(), "pid": me.pid, "created": _created(me)}
+
+
+def _created(process: psutil.Process) -> float:
+    """When a process started, by a clock that nobody sets: ticks since the system did, where it counts."""
+    stat = Path(f"/proc/{process.pid}/stat")
+    if stat.exists():
+        return float(stat.read_text().rpartition(")")[2].split()[19])
+    return process.create_time()
 
 
 def is_alive(process: dict[str, Any]) -> bool:
@@ -62,8 +76,8 @@ def is_alive(process: dict[str, Any]) -> bool:
         return True
     try:
         found = psutil.Process(process["pid"])
-        return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["created"]) < 2
-    except psutil.NoSuchProcess:
+        return found.status() != psutil.STATUS_ZOMBIE and _created(found) == process["created"]
+    except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
         return False
 
 
@@ -92,11 +106,20 @@ def _belongs(process: psutil.Process, token: str) -> bool:
 
 def main(spec_path: Path) -> int:
     """Run one rank; returns the exit status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # until both processes know what to do with them
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # a scheduler's warnings are for the orchestrator
+        signal.signal(number, signal.SIG_IGN)
     spec = durable.read_json(spec_path)
     folder = spec_path.parent.parent
     if spec["token"] != os.environ[JOB_VARIABLE] or not is_alive(spec["orchestrator"]):
-        return 1  # a late starter of a job that is already over
+        text = (
+            f"too late: process {spec['orchestrator']['pid']}, which started this job, is not here any more"
+        )
+        print(f"{text} (or is hidden by an option of the container, --pid or --containall)", file=sys.stderr)
+        return 1
     rank = _rank(spec["runtime"], spec["ranks"])
+    if spec["runtime"] == "ddp":
+        _join_ddp(rank, spec["ranks"])
     _redirect(log_path(folder, rank))
     if rank == 0:
         progress.start(folder / "progress.json")
@@ -108,13 +131,13 @@ def main(spec_path: Path) -> int:
     if child == 0:
         os.close(reader)
         _die_with(supervisor)
-        return _call(spec["function"], spec["arguments"], rank, spec["ranks"], writer)
+        return _call(spec, rank, writer)
     os.close(writer)
-    return _Supervisor(spec, report_path(folder, rank), rank, child, reader).watch()
+    return _Supervisor(spec_path, spec, rank, child, reader).watch()
 
 
 def _rank(runtime: str, ranks: int) -> int:
-    names = {"ddp": ("RANK",), "mpi": _MPI_RANKS}.get(runtime, ()) if ranks > 1 else ()
+    names = {"ddp": ("RANK", "SLURM_PROCID"), "mpi": _MPI_RANKS}.get(runtime, ()) if ranks > 1 else ()
     found = next((os.environ[name] for name in names if name in os.environ), None)
     if names and found is None:
         raise mpi.WrongWorldSize(
@@ -122,6 +145,15 @@ def _rank(runtime: str, ranks: int) -> int:
             "the launcher belongs to an unknown kind of MPI"
         )
     return int(found or 0)
+
+
+def _join_ddp(rank: int, ranks: int) -> None:
+    """Give `torch.distributed` its variables where srun, which does not know them, has started the ranks."""
+    if "RANK" not in os.environ:
+        per_node = ranks // int(os.environ["SLURM_STEP_NUM_NODES"])
+        given = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": per_node}
+        given["LOCAL_RANK"] = int(os.environ["SLURM_LOCALID"])
+        os.environ.update({name: str(value) for name, value in given.items()})
 
 
 def _redirect(log: Path) -> None:
@@ -140,55 +172,82 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _call(function: str, arguments: dict[str, Any], rank: int, ranks: int, writer: int) -> int:
+def _call(spec: dict[str, Any], rank: int, writer: int) -> int:
     """The child: call the function, and tell the parent what it needed and what went wrong."""
     faulthandler.enable()
-    who = f" [rank {rank}]" if ranks > 1 else ""
+    if spec["runtime"] in ("serial", "dask"):
+        signal.signal(signal.SIGTERM, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+    who = f" [rank {rank}]" if spec["ranks"] > 1 else ""
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s{who} %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.captureWarnings(True)
     ending: dict[str, Any] = {}
+    failure: BaseException | None = None
     try:
-        load(function)(**arguments)
+        load(spec["function"])(**spec["arguments"])
     except BaseException as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        traceback.print_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
-        ending = {"error": f"{type(error).__name__}: {error}"[:4000]}
+        failure = error
+        ending["error"] = f"{type(error).__name__}: {error}"[:4000]
+        ending["lost"] = isinstance(error, ConnectionError | TimeoutError)
     ending |= {"peak": _peak(os.getpid()), "time": time.time()}
     os.write(writer, json.dumps(ending).encode())
     os.close(writer)
-    if "error" in ending:
+    if failure is None:
+        return 0
+    code = 1
+    if isinstance(failure, SystemExit) and failure.code in _STOPPED:
+        code = int(failure.code)
+    try:
+        if code == 1:
+            below = failure.__traceback__ and failure.__traceback__.tb_next  # without this function
+            traceback.print_exception(failure.with_traceback(below))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(
-            1
-        )  # at once: an ordinary exit waits in MPI_Finalize, or for threads, and holds up the others
-    return 0
+    finally:  # the disk may be full
+        # At once: an ordinary exit waits in MPI_Finalize, or for threads, and holds up the others.
+        os._exit(code)
+
+
+def _leave(number: int, frame: object) -> None:
+    """End by an exception, so that what is open is closed (a cluster's worker jobs, say)."""
+    signal.signal(number, signal.SIG_IGN)  # a scheduler tells every process, and so does the supervisor
+    raise SystemExit(128 + number)
 
 
 class _Supervisor:
     """The parent of one rank."""
 
-    def __init__(self, spec: dict[str, Any], report: Path, rank: int, child: int, reader: int) -> None:
-        self.spec, self.report, self.rank, self.child, self.reader = spec, report, rank, child, reader
+    def __init__(self, spec_path: Path, spec: dict[str, Any], rank: int, child: int, reader: int) -> None:
+        self.spec_path, self.spec, self.rank, self.child, self.reader = spec_path, spec, rank, child, reader
+        self.report = report_path(spec_path.parent.parent, rank)
         self.peaks: dict[int, int] = {}
         self.told = b""
-        self.entry: dict[str, Any] = {**identity(), "rank": rank, "child": child, "started": time.time()}
-        durable.write_json(report, self.entry, sync=False)
+        self.out_of_memory = _out_of_memory_kills()
+        node = os.environ.get("SLURMD_NODENAME", socket.gethostname())  # as the scheduler calls it
+        self.entry: dict[str, Any] = {**identity(), "node": node, "rank": rank, "child": child}
+        self.entry["started"] = time.time()
+        durable.write_json(self.report, self.entry, sync=False)
 
     def watch(self) -> int:
         """Wait for the child's end and write it down; returns the exit status for the launcher."""
         self._forward_signals()
-        sampled = 0.0
+        sampled = looked = time.monotonic()
+        said_so = False
         while True:
             self._sleep()
             pid, status = os.waitpid(self.child, os.WNOHANG)
             if pid:
                 break
             if not is_alive(self.spec["orchestrator"]):
-                os.kill(self.child, signal.SIGKILL)
-                kill_job(self.spec["token"])
-                os._exit(1)
+                self._give_up()
+            if time.monotonic() - looked > _LOOK:
+                self._look()
+                looked = time.monotonic()
+            if "told_to_stop" in self.entry and not said_so:
+                said_so = True
+                self._write()
             if time.monotonic() - sampled > _SAMPLE:
                 sampled = time.monotonic()
                 self._sample()
@@ -197,29 +256,72 @@ class _Supervisor:
         ending = self._ending()
         if "peak" in ending:
             self.peaks[self.child] = ending["peak"]
+        if code in _STOPPED:  # another rank was told, and they agreed
+            self.entry.setdefault("told_to_stop", code - 128)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         self.entry |= {
             "ended": min(ended, ending.get("time", ended)) if code else ended,
             "exit_code": code if code >= 0 else None,
             "signal": -code if code < 0 else None,
             "error": ending.get("error"),
+            "lost": ending.get("lost", False),
+            "out_of_memory": code == -signal.SIGKILL and _out_of_memory_kills() > self.out_of_memory,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
             "peak_memory": self._labelled(),
         }
-        durable.write_json(self.report, self.entry, sync=False)
+        self._write()
+        if "told_to_stop" in self.entry:
+            os._exit(0)  # srun and mpirun would take another status for a failure: some ranks may still save
+        if code:
+            time.sleep(self.spec["listen"])  # for the same reason: let the others tell what became of them
         os._exit(code if code >= 0 else 128 - code)
 
-    def _forward_signals(self) -> None:
-        def forward(number: int, frame: object) -> None:
-            self.entry.setdefault("told_to_stop", number)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.child, number)
+    def _write(self) -> None:
+        try:
+            durable.write_json(self.report, self.entry, sync=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if self.entry.get("error"):
+                self.entry["error"] = self.entry["error"][:1000]
+            with open(self.report, "r+", encoding="utf-8") as stream:  # what is there has room of its own
+                json.dump(self.entry, stream)
+                stream.truncate()
 
+    def _look(self) -> None:
+        """Show that this rank lives; see whether its job is still wanted, and whether it shall stop."""
+        try:
+            spec = durable.read_json(self.spec_path)
+        except FileNotFoundError:
+            self._give_up()
+        except OSError:
+            return  # the file server is away for a moment
+        if spec["token"] != self.spec["token"]:
+            self._give_up()
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.report)
+        if spec["stop"] and "told_to_stop" not in self.entry:
+            self._tell(signal.SIGTERM)
+
+    def _give_up(self) -> NoReturn:
+        os.kill(self.child, signal.SIGKILL)
+        kill_job(self.spec["token"])
+        os._exit(1)
+
+    def _tell(self, number: int) -> None:
+        self.entry.setdefault("told_to_stop", number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.child, number)
+
+    def _forward_signals(self) -> None:
         for number in _FORWARDED:
-            signal.signal(number, forward)
+            signal.signal(number, lambda number, frame: self._tell(number))
         self.wakeup, end = os.pipe()
         os.set_blocking(end, False)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # for the wake-up alone
         self.waiting = [self.wakeup, self.reader]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
     def _sleep(self) -> None:
         """Until something happens, `_INTERVAL` at most."""
@@ -261,6 +363,20 @@ def _peak(pid: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process(pid).memory_info().rss)
+
+
+def _out_of_memory_kills() -> int:
+    """Processes of this control group that the system killed for want of memory; 0 where nobody counts."""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        counter = Path("/sys/fs/cgroup", name.strip("/"), "memory.events")
+        if "memory" in controllers.split(","):  # version 1
+            counter = Path("/sys/fs/cgroup/memory", name.strip("/"), "memory.oom_control")
+        if counter.exists():
+            counts = dict(entry.split() for entry in counter.read_text().splitlines())
+            return int(counts.get("oom_kill", 0))
+    return 0
 
 
 if __name__ == "__main__":
