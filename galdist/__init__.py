@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from galdist.run import open_run
 
 __all__ = ["__version__", "open_run"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

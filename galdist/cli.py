@@ -12,7 +12,9 @@ import typer
 import galdist
 
 if TYPE_CHECKING:
+    from galdist.config import Run
     from galdist.plan import PlannedStep
+    from hpc.site import Site
 
 app = typer.Typer(
     help=galdist.__doc__,
@@ -22,16 +24,21 @@ app = typer.Typer(
 )
 _LINES = 100  # of the tables at the end of a run
 _SAMPLES = 4  # columns at most in a table of results
+_GLANCE = 1.0  # seconds between looks at a run that is watched
+_SITE = "GALDIST_SITE"
 
 
 def main() -> None:
     """Entry point: errors of the user end with status 2, of a step with 1, without a traceback."""
+    from hpc.slurm import SlurmError
     from hpc.strict import SettingsError
 
     try:
         app()
     except SettingsError as error:
         _fail(str(error), 2)
+    except SlurmError as error:
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except BrokenPipeError:
@@ -85,7 +92,14 @@ Sets = Annotated[
         help="Change a value: seed=2, STEP.KEY=VALUE, STEP.resources.ranks=4. Repeatable.",
     ),
 ]
-Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, for example runs/quickstart.")]
+Folder = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's folder, such as runs/quickstart. Default: the run in runs/ that was worked on last.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
@@ -93,14 +107,25 @@ def run(
     source: Source,
     sets: Sets = None,
     site: Annotated[
-        str, typer.Option(help="Machine: local, debug (one process, for debuggers), or a site's YAML file.")
+        str,
+        typer.Option(
+            envvar=_SITE, help="Machine: local, debug (one process, for debuggers), or a site's YAML file."
+        ),
     ] = "local",
     start_from: Annotated[
         str | None,
         typer.Option("--from", metavar="STEP", help="Compute this step and all that depends on it again."),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="STEP", help="Do this step alone; what it reads must be done.")
+        list[str] | None,
+        typer.Option(
+            metavar="STEP",
+            help="Do this step alone; what it reads must be done, or asked for too. Repeatable.",
+        ),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Do the steps of this stage, like --only. Repeatable."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and what would be reused; do nothing.")
@@ -108,6 +133,12 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder. Default: runs/NAME.")
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Queue a Slurm job that does this, and return.")
+    ] = False,
+    in_allocation: Annotated[
+        bool, typer.Option("--in-allocation", help="Use the nodes of the Slurm job that this is in.")
+    ] = False,
 ) -> None:
     """Run the steps of a run file; what is done already is kept.
 
@@ -116,42 +147,264 @@ def run(
     from galdist import config, display, pipeline
     from galdist.plan import plan
     from galdist.status import reports, results
-    from hpc.site import load_site
 
     checked = config.load(source, tuple(sets or ()))
-    machine = load_site(site)
+    machine = _machine(site, in_allocation, detach)
     folder = out or Path("runs") / checked.file.name
-    steps = plan(checked, folder, start_from, only)
+    chosen = _chosen(checked, only or [], stage or [])
+    steps = plan(checked, folder, start_from, chosen)
+    pipeline.check_site(steps, machine)
     if dry_run:
         _print_plan(steps, folder, machine.cores)
         return
     waiting = sum(step.runs for step in steps)
     count = f"{waiting} of {len(steps)} steps to do"
     print(f"galdist {galdist.__version__}: {checked.file.name} in {folder}: {count}")
-    again = _again(source, sets, site, only, out)
+    words = ["run", source]
+    for option, values in (("--set", sets), ("--only", only), ("--stage", stage)):
+        words += [word for value in values or () for word in (option, value)]
+    words += ["--site", site] if site != "local" else []
+    words += ["--in-allocation"] if in_allocation else []
+    words += ["--out", str(out)] if out else []
+    if detach and waiting:
+        _detach(checked, folder, steps, machine, words, start_from)
+        return
+    again = shlex.join(["galdist", *words])  # without --from, which would begin again
     try:
         with display.for_stream() as shown:
-            pipeline.execute(checked, folder, machine, shown.show, start_from, only)
+            pipeline.execute(checked, folder, machine, shown.show, start_from, chosen)
     except pipeline.RunLocked as error:
         _fail(str(error), 2)
     except pipeline.StepFailed as error:
         _fail(f"{error}\n\nOnce mended, continue with: {again}", 1)
     except pipeline.Interrupted as error:
-        _fail(f"{error}. What is done is kept. Continue with: {again}", error.exit_code)
+        how = "" if error.requeued else f" Continue with: {again}"
+        _fail(f"{error}. What is done is kept.{how}", error.exit_code)
     _print_results(results(folder), _LINES, f"all of them: galdist show {folder}")
     for report in reports(folder):
         print(f"report: {report.absolute()}")
 
 
-def _again(source: str, sets: list[str] | None, site: str, only: str | None, out: Path | None) -> str:
-    """The command that continues a run: without ``--from``, which would begin again."""
-    words = ["galdist", "run", source]
-    for entry in sets or []:
-        words += ["--set", entry]
-    words += ["--site", site] if site != "local" else []
-    words += ["--only", only] if only else []
-    words += ["--out", str(out)] if out else []
-    return shlex.join(words)
+def _machine(site: str, in_allocation: bool, detach: bool) -> "Site":
+    """The site that a run is to use."""
+    from hpc.site import load_site
+    from hpc.slurm import own_job
+    from hpc.strict import Problem, SettingsError
+
+    machine = load_site(site)
+    if in_allocation and detach:
+        text = "one or the other: --detach gives every step a job, --in-allocation is for a job that is here"
+        raise SettingsError("--detach, --in-allocation", [Problem((), text)])
+    if in_allocation and own_job() is None:
+        text = (
+            "this is not inside a Slurm job (SLURM_JOB_ID is not set). It is for batch scripts: "
+            "sbatch slurm/train.sbatch FILE. Without it and with a Slurm --site, each step becomes a job"
+        )
+        raise SettingsError("--in-allocation", [Problem((), text)])
+    if detach and machine.launcher != "slurm":
+        text = (
+            f"needs a cluster, and --site {site} is this machine: name a site file with launcher: slurm "
+            f"(--site slurm/sites/X.yaml, or {_SITE}); here, use nohup galdist run ... &"
+        )
+        raise SettingsError("--detach", [Problem((), text)])
+    return machine.in_allocation() if in_allocation else machine
+
+
+def _chosen(run: "Run", only: list[str], stages: list[str]) -> list[str] | None:
+    """The steps that ``--only`` and ``--stage`` name; None for all."""
+    from galdist.stages import STAGES
+    from hpc.strict import Problem, SettingsError, nearest
+
+    if not only and not stages:
+        return None
+    there = {step.stage for step in run.file.steps}
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        problems = [Problem((), f"there is no stage {name!r}{nearest(name, STAGES)}") for name in unknown]
+        raise SettingsError("--stage", problems)
+    if stages and there.isdisjoint(stages):
+        text = f"no step of this run has stage {' or '.join(stages)}; its stages: {', '.join(sorted(there))}"
+        raise SettingsError("--stage", [Problem((), text)])
+    return [*only, *(step.name for step in run.file.steps if step.stage in stages)]
+
+
+def _detach(
+    run: "Run",
+    folder: Path,
+    steps: "list[PlannedStep]",
+    site: "Site",
+    words: list[str],
+    start_from: str | None,
+) -> None:
+    """Queue the command that this process was started with, and say how to follow it."""
+    from galdist import control
+
+    name = shlex.quote(str(folder))
+    ways = (
+        f"  watch:   galdist watch {name}\n"
+        f"  logs:    galdist logs -f --run {name} orchestrator    (or a step)\n"
+        f"  cancel:  galdist cancel {name}"
+    )
+    if who := control.worker(folder):
+        _fail(f"{folder} is in use by {who}\n{ways}", 2)
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    again = [*program, *words]
+    command = [*again, "--from", start_from] if start_from else again
+    id = control.queue(run, folder, steps, site, command, again)
+    print(f"queued as job {id}, which starts the steps; you may log out\n{ways}")
+
+
+@app.command()
+def status(folder: Folder = None) -> None:
+    """Show the steps of a run: states, jobs, times, sizes, memory."""
+    from galdist.control import worker
+    from galdist.display import nodes_text
+    from galdist.status import duration, on_cluster, size_text, steps_of
+
+    folder = _run_of(folder)
+    steps = steps_of(folder)
+    who = worker(folder)
+    print(f"{folder}: " + (f"in use by {who}" if who else "nobody works here"))
+    jobs = {step.name: step.job for step in steps if step.job and on_cluster(step.job)}
+    where = [(job.id, nodes_text(job)) if (job := jobs.get(step.name)) else ("", "") for step in steps]
+    _table(
+        "",
+        ["step", "stage", "state", *(["job", "node"] if jobs else []), "time", "size", "peak memory", ""],
+        [
+            [
+                step.name,
+                step.stage,
+                step.state,
+                *(place if jobs else []),
+                duration(step.seconds) if step.seconds else "",
+                size_text(step.bytes) if step.bytes else "",
+                size_text(step.peak_memory) if step.peak_memory else "",
+                step.detail,
+            ]
+            for step, place in zip(steps, where, strict=True)
+        ],
+    )
+
+
+@app.command()
+def watch(
+    folder: Folder = None,
+    once: Annotated[bool, typer.Option("--once", help="Print the run as it is now, and return.")] = False,
+) -> None:
+    """Watch a run: steps, jobs, nodes, progress, time left, dashboards.
+
+    Ctrl-C ends the watching only.
+    """
+    import time
+
+    from galdist import display
+    from galdist.control import worker
+    from galdist.status import view
+
+    folder = _run_of(folder)
+    if once:
+        display.LiveDisplay().print(view(folder))
+        return
+    going = ("running", "queued")
+    with display.for_stream() as shown:
+        try:
+            while True:
+                who = worker(folder)  # before the look at the steps, which may be over just after it
+                now = view(folder)
+                shown.show(now)
+                if who is None and not any(step.state in going for step in now.steps):
+                    break
+                time.sleep(_GLANCE)
+        except KeyboardInterrupt:
+            print("no longer watched; the run goes on")
+            return
+    if any(step.state != "done" for step in now.steps):
+        print(f"nobody works on it now. What was said: galdist logs --run {folder} STEP (or orchestrator)")
+
+
+@app.command()
+def logs(
+    step: Annotated[
+        str,
+        typer.Argument(metavar="STEP", help="A step, its folder, or orchestrator: that of a detached run."),
+    ],
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on with what is added, until the step is over.")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Which rank's.")] = 0,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN", help="The run's folder. Default: the run worked on last."),
+    ] = None,
+) -> None:
+    """Print the log of a step."""
+    from galdist import control
+
+    path = Path(step)
+    if folder is None and len(path.parts) > 1:  # runs/quickstart/classifier
+        folder, step = path.parent, path.name
+    folder = _run_of(folder)
+    place = control.step_folder(folder, step)
+    try:
+        for chunk in control.log(folder, place, rank, follow, lambda why: _say(f"{step}: {why or 'runs'}")):
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+    except KeyboardInterrupt:
+        _say("no longer followed; the step goes on")
+
+
+@app.command()
+def cancel(
+    folder: Folder = None,
+    step: Annotated[str | None, typer.Argument(metavar="STEP", help="Only this step.")] = None,
+) -> None:
+    """End all jobs and processes of a run, or of one of its steps.
+
+    What is done is kept; the same galdist run goes on.
+    """
+    from galdist import control
+
+    folder = _run_of(folder)
+    ended = False
+    for what in control.cancel(folder, step):
+        ended = True
+        print(f"ended {what}")
+    if not ended:
+        print(f"{folder}: nothing runs and nothing waits")
+
+
+@app.command()
+def show(folder: Folder = None) -> None:
+    """Show the results of a run."""
+    from galdist.status import reports, results, steps_of
+
+    folder = _run_of(folder)
+    steps_of(folder)  # says so where there is no run
+    _print_results(results(folder), None, "")
+    for report in reports(folder):
+        print(f"report: {report.absolute()}")
+
+
+@app.command()
+def tensorboard(
+    folder: Folder = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on 127.0.0.1. Default: a free one.")
+    ] = None,
+) -> None:
+    """Serve the curves of a run's trainings to a browser, until Ctrl-C."""
+    import signal
+
+    from galdist import curves, display
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with curves.tensorboard(_run_of(folder), port) as address:
+        command, there = display.tunnel(address)
+        print(f"{address}\nfrom another machine: {command}  then open {there}\nCtrl-C ends it", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            return
 
 
 @app.command("list")
@@ -179,49 +432,57 @@ def list_all() -> None:
     _table("Models (of the train stage)", ["model", "class"], [list(row) for row in models.MODELS.items()])
 
 
-@app.command()
-def status(folder: Folder) -> None:
-    """Show the steps of a run: states, times, sizes, memory."""
-    from galdist.status import duration, holder, size_text, steps_of
-
-    steps = steps_of(folder)
-    who = holder(folder)
-    print(f"{folder}: " + (f"in use by {who}" if who else "nobody works here"))
-    _table(
-        "",
-        ["step", "stage", "state", "time", "size", "peak memory", ""],
-        [
-            [
-                step.name,
-                step.stage,
-                step.state,
-                duration(step.seconds) if step.seconds else "",
-                size_text(step.bytes) if step.bytes else "",
-                size_text(step.peak_memory) if step.peak_memory else "",
-                step.detail,
-            ]
-            for step in steps
-        ],
-    )
-
-
-@app.command()
-def show(folder: Folder) -> None:
-    """Show the results of a run."""
-    from galdist.status import reports, results, steps_of
-
-    steps_of(folder)  # says so where there is no run
-    _print_results(results(folder), None, "")
-    for report in reports(folder):
-        print(f"report: {report.absolute()}")
-
-
 @app.command("config")
 def show_config(source: Source, sets: Sets = None) -> None:
     """Check a run file and print it with every default written out."""
     from galdist import config
 
     print(config.load(source, tuple(sets or ())).to_yaml(), end="")
+
+
+sites = typer.Typer(help="Descriptions of machines: slurm/sites/*.yaml.", no_args_is_help=True)
+app.add_typer(sites, name="site")
+
+
+@sites.command()
+def check(
+    site: Annotated[str, typer.Argument(metavar="SITE", envvar=_SITE, help="local, or a site's YAML file.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where runs go, which all nodes must see. Default: runs, or here."),
+    ] = None,
+) -> None:
+    """Try all that runs need of a site: its queue, folders, Dask, DDP, MPI.
+
+    Says what to mend.
+    """
+    from hpc import check as checks
+    from hpc.site import load_site
+
+    place = folder or (Path("runs") if Path("runs").is_dir() else Path())
+    good = True
+    for line in checks.check(load_site(site), place):
+        good &= line.ok
+        print(f"{'ok    ' if line.ok else 'FAILED'}  {line.name}: {line.detail}", flush=True)
+        if line.mend:
+            print(f"        mend: {line.mend}", flush=True)
+    if not good:
+        raise typer.Exit(1)
+
+
+def _run_of(folder: Path | None) -> Path:
+    """The run that is meant; one that was not named is said."""
+    from galdist.control import last_run
+
+    if folder is None:
+        folder = last_run()
+        _say(f"run: {folder}")
+    return folder
+
+
+def _say(text: str) -> None:
+    """To people, beside the output."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _print_plan(steps: "list[PlannedStep]", folder: Path, cores: int) -> None:

@@ -4,12 +4,15 @@
 all of it - structure, stages, their configurations, how the steps fit together - before anything starts.
 """
 
+import copy
 import heapq
 import importlib.resources
+import itertools
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 from typing import Annotated, Any
 
@@ -24,6 +27,10 @@ from hpc.strict import Location, Problem, SettingsError
 from hpc.strict import StrictModel as StrictModel
 
 EVERY_STEP = "*"  # as the value of a role: every step above this one
+MEMBERS = 10_000
+"""Most members of one sweep."""
+_NAME = 100  # letters of a name at most
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times faster
 
 
 class ExternalPath(PosixPath):
@@ -79,6 +86,23 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _sweep(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(
+            f"expected KEY: [values], such as {{seed: [1, 2, 3]}}, or the name of a swept step, got {value!r}"
+        )
+    for key, values in value.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"{key}: expected a list of one or more values, got {values!r}")
+        for item in values:
+            parts = item if isinstance(item, list | tuple) else [item]
+            if any(isinstance(part, Mapping | list | tuple) for part in parts):
+                raise ValueError(f"{key}: a swept value is a number, a word or a list of them, got {item!r}")
+    return {str(key): tuple(values) for key, values in value.items()}
+
+
 class Step(StrictModel):
     """One step of a run."""
 
@@ -90,6 +114,11 @@ class Step(StrictModel):
     expected: Annotated[float, Field(gt=0)] | None = None
     """Rough duration [s], for the estimate of time left in a first run; only the ratios of steps matter."""
     config: dict[str, Any] = Field(default_factory=dict)
+    sweep: Annotated[dict[str, tuple[Any, ...]] | str | None, BeforeValidator(_sweep)] = None
+    """Keys of the configuration and their values: the step is done once for each combination. Or the name of
+    a swept step: once for each of its members, reading that member's own results."""
+    at_once: Annotated[int, Field(ge=1)] | None = None
+    """Most jobs of the sweep that run at the same time."""
 
 
 class RunFile(StrictModel):
@@ -103,15 +132,27 @@ class RunFile(StrictModel):
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """What a swept step stands for."""
+
+    members: tuple[str, ...]
+    """Names of steps, which are steps like any other."""
+    at_once: int | None
+    """Most of them that run at the same time."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A run file that passed every check."""
 
     file: RunFile
-    """With complete configurations and inputs written out."""
+    """With complete configurations, inputs written out and swept steps replaced by their members."""
     configs: dict[str, StrictModel]
     """Step name -> its stage's configuration."""
     order: tuple[str, ...]
     """Step names, each after those it reads; otherwise as in the file."""
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    """By the name of the swept step."""
 
     @property
     def steps(self) -> dict[str, Step]:
@@ -124,7 +165,8 @@ class Run:
         data = self.file.model_dump(mode="json", exclude_defaults=True)
         for step, entry in zip(self.file.steps, data["steps"], strict=True):
             entry["config"] = self.configs[step.name].model_dump(mode="json")
-        return yaml.safe_dump({"name": self.file.name, **data}, sort_keys=False, allow_unicode=True)
+        data = {"name": self.file.name, **data}
+        return str(yaml.dump(data, Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
 
 
 def experiments() -> dict[str, Path]:
@@ -219,97 +261,235 @@ def _put(target: Any, parts: list[str], value: Any, key: str) -> list[Problem]:
     return []
 
 
+@dataclass(frozen=True)
+class _Member:
+    """What tells one step of a sweep from the others; a step that is not swept has one, without a suffix."""
+
+    suffix: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Swept key -> value."""
+
+
+@dataclass
+class _Declared:
+    """A step as it stands in the file, and the steps that come of it."""
+
+    step: Step
+    at: Location
+    root: str | None = None
+    """The step whose keys are swept, which may be this one."""
+    members: tuple[_Member, ...] = (_Member(),)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the steps that come of it."""
+        return [self.step.name + member.suffix for member in self.members]
+
+
 def _check(document: strict.Document, stages: Mapping[str, Stage]) -> Run:
     data = document.data
     file, problems = strict.validate(RunFile, data)
     raw = data.get("steps")
     raw = raw if isinstance(raw, list) else []
     seed = file.seed if file else data.get("seed", 0)
-    configs: dict[str, StrictModel] = {}
-    steps: list[Step] = []
-    names: set[str] = set()
+    declared: list[_Declared] = []
     for index, entry in enumerate(raw):
         step, _ = strict.validate(Step, entry)  # what is wrong with its form is among the problems already
-        if step is None:
+        if step is not None:
+            above = tuple(other.step.name for other in declared)
+            inputs = {role: above if names == (EVERY_STEP,) else names for role, names in step.inputs.items()}
+            declared.append(_Declared(step.model_copy(update={"inputs": inputs}), ("steps", index)))
+    by_name = {entry.step.name: entry for entry in declared}
+    known = {str(entry.get("name")) for entry in raw if isinstance(entry, dict)}  # also where more is wrong
+    problems += _find_members(declared, by_name, known)
+    known |= {name for entry in declared for name in entry.names}
+    steps: list[Step] = []
+    configs: dict[str, StrictModel] = {}
+    for entry in declared:
+        stage = stages.get(entry.step.stage)
+        if stage is None:
+            text = f"no stage {entry.step.stage!r}{strict.nearest(entry.step.stage, stages)}"
+            problems.append(Problem((*entry.at, "stage"), text))
+        made = [_make(entry, member, by_name) for member in entry.members]
+        steps += made
+        if stage is None:
             continue
-        steps.append(step)
-        at: Location = ("steps", index)
-        if step.name in names:
-            problems.append(Problem((*at, "name"), f"two steps are called {step.name}"))
-        names.add(step.name)
-        if step.stage not in stages:
-            problems.append(
-                Problem((*at, "stage"), f"no stage {step.stage!r}{strict.nearest(step.stage, stages)}")
-            )
-            continue
-        config, wrong = _stage_config(step, stages[step.stage], seed, (*at, "config"))
-        problems += wrong
-        if config is not None:
-            configs[step.name] = config
-        if stages[step.stage].runtime == "serial" and (step.resources.ranks or 1) > 1:
-            text = f"stage {step.stage} is one process: leave ranks out"
-            problems.append(Problem((*at, "resources", "ranks"), text))
-    steps = _expand(steps)
-    index_of = {str(entry.get("name")): index for index, entry in enumerate(raw) if isinstance(entry, dict)}
-    problems += _check_inputs(steps, stages, index_of)
+        if stage.runtime == "serial" and (entry.step.resources.ranks or 1) > 1:
+            text = f"stage {entry.step.stage} is one process: leave ranks out"
+            problems.append(Problem((*entry.at, "resources", "ranks"), text))
+        for step, member in zip(made, entry.members, strict=True):
+            config, wrong = _stage_config(entry, member, step, stage, seed)
+            problems += wrong
+            if config is not None:
+                configs[step.name] = config
+        problems += _check_inputs(entry, made[:1], stage, by_name, known)
     order, cyclic = _order(steps)
     problems += cyclic
     if problems or file is None:
-        raise SettingsError(document.source, *_named(problems, document, raw))
-    return Run(file.model_copy(update={"steps": tuple(steps)}), configs, order)
+        raise SettingsError(document.source, *_named(list(dict.fromkeys(problems)), document, raw))
+    sweeps = {
+        entry.step.name: Sweep(tuple(entry.names), entry.step.at_once) for entry in declared if entry.root
+    }
+    return Run(file.model_copy(update={"steps": tuple(steps)}), configs, order, sweeps)
+
+
+def _find_members(
+    declared: list[_Declared], by_name: Mapping[str, _Declared], known: Set[str]
+) -> list[Problem]:
+    """Fill in the members of every swept step; returns what is wrong with sweeps and names."""
+    problems = []
+    for entry in declared:
+        step, at = entry.step, (*entry.at, "sweep")
+        if isinstance(step.sweep, dict):
+            entry.root = step.name
+            number = math.prod(len(values) for values in step.sweep.values())
+            if number > MEMBERS:
+                problems.append(Problem(at, f"makes {number} steps of one, {MEMBERS} at most"))
+            entry.members = tuple(_product(step.sweep)) if number <= MEMBERS else ()
+        elif step.sweep is None and step.at_once is not None:
+            problems.append(Problem((*entry.at, "at_once"), "is for steps with a sweep, and here is none"))
+    for entry in declared:
+        if isinstance(entry.step.sweep, str):
+            found = _root(entry.step, by_name, known)
+            if isinstance(found, str):
+                problems += [Problem((*entry.at, "sweep"), found)] * bool(found)
+                entry.members = ()
+            else:
+                entry.root, entry.members = found.step.name, found.members
+    taken: set[str] = set()
+    for entry in declared:
+        name = entry.step.name
+        if name in taken:
+            problems.append(Problem((*entry.at, "name"), f"two steps are called {name}"))
+        taken.add(name)
+        for made in entry.names if entry.root else ():
+            if made in taken:
+                problems.append(Problem((*entry.at, "sweep"), f"makes a second step called {made}"))
+            elif len(made) > _NAME:
+                text = f"makes a step called {made}: {_NAME} letters at most"
+                problems.append(Problem((*entry.at, "sweep"), text))
+            taken.add(made)
+    return problems
+
+
+def _product(sweep: Mapping[str, tuple[Any, ...]]) -> Iterator[_Member]:
+    """Every combination, the last key fastest. A key is called by its last part where that is enough."""
+    last = [key.rpartition(".")[2] for key in sweep]
+    labels = [short if last.count(short) == 1 else key for key, short in zip(sweep, last, strict=True)]
+    for values in itertools.product(*sweep.values()):
+        parts = [label + _in_name(value) for label, value in zip(labels, values, strict=True)]
+        suffix = "".join(f"-{re.sub('[^a-z0-9_-]', '_', part.lower())}" for part in parts)
+        yield _Member(suffix, dict(zip(sweep, values, strict=True)))
+
+
+def _in_name(value: Any) -> str:
+    return "-".join(map(_in_name, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _root(step: Step, by_name: Mapping[str, _Declared], known: Set[str]) -> _Declared | str:
+    """The step whose keys are swept where ``step`` names another as its sweep; else what is wrong with that.
+
+    Nothing is said of a step about which something else is said already.
+    """
+    passed: list[str] = []
+    while isinstance(step.sweep, str):
+        passed.append(step.name)
+        if step.sweep in passed:
+            return f"no keys are swept: {' follows '.join([*passed, step.sweep])}"
+        if step.sweep not in by_name:
+            hint = strict.nearest(step.sweep, known)
+            return "" if step.sweep in known else f"there is no step {step.sweep!r}{hint}"
+        step = by_name[step.sweep].step
+    if step.sweep is None:
+        return f"{step.name} is not swept: give it `sweep: {{KEY: [values]}}`, or leave sweep out here"
+    return by_name[step.name]
+
+
+def _make(entry: _Declared, member: _Member, by_name: Mapping[str, _Declared]) -> Step:
+    """The step of one member: of what has the same members it reads its own, of other sweeps all."""
+
+    def read(name: str) -> list[str]:
+        other = by_name.get(name)
+        if other is None or other.root is None:
+            return [name]
+        return [name + member.suffix] if other.root == entry.root else other.names
+
+    inputs = {
+        role: tuple(made for name in names for made in read(name))
+        for role, names in entry.step.inputs.items()
+    }
+    name = entry.step.name + member.suffix
+    return entry.step.model_copy(update={"name": name, "inputs": inputs, "sweep": None, "at_once": None})
 
 
 def _stage_config(
-    step: Step, stage: Stage, seed: Any, at: Location
+    entry: _Declared, member: _Member, step: Step, stage: Stage, seed: Any
 ) -> tuple[StrictModel | None, list[Problem]]:
+    """The configuration of a step; what is wrong with a swept value is located in the sweep."""
     try:
         model = stage.config_model()
     except ImportError as error:
-        return None, [Problem(at[:-1], f"stage {step.stage} cannot be loaded: {error}")]
-    given = dict(step.config)
+        return None, [Problem(entry.at, f"stage {step.stage} cannot be loaded: {error}")]
+    swept = member.values if entry.root == entry.step.name else {}
+    given = copy.deepcopy(step.config) if swept else dict(step.config)
+    problems = []
+    for key, value in swept.items():
+        at = (*entry.at, "sweep", key)
+        if _holds(given, key.split(".")):
+            problems.append(Problem(at, "is set in config too: leave it out of one of them"))
+        else:
+            wrong = _put(given, key.split("."), value, key)
+            problems += [Problem(at, problem.message) for problem in wrong]
+    if problems:
+        return None, problems
     if "seed" in model.model_fields:
-        given.setdefault("seed", seed)
-    return strict.validate(model, given, at)
+        given.setdefault("seed", member.values.get("seed", seed))
+    config, wrong = strict.validate(model, given, (*entry.at, "config"))
+    return config, [_in_sweep(problem, entry.at, swept) for problem in wrong]
 
 
-def _expand(steps: list[Step]) -> list[Step]:
-    above: list[str] = []
-    expanded = []
-    for step in steps:
-        inputs = {
-            role: tuple(above) if names == (EVERY_STEP,) else names for role, names in step.inputs.items()
-        }
-        expanded.append(step.model_copy(update={"inputs": inputs}))
-        above.append(step.name)
-    return expanded
+def _holds(data: Any, parts: list[str]) -> bool:
+    for part in parts:
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _in_sweep(problem: Problem, at: Location, swept: Iterable[str]) -> Problem:
+    path = ".".join(map(str, problem.location[len(at) + 1 :]))
+    for key in swept:
+        if f"{path}.".startswith(f"{key}.") or key.startswith(f"{path}."):
+            return Problem((*at, "sweep", key), problem.message)
+    return problem
 
 
 def _check_inputs(
-    steps: list[Step], stages: Mapping[str, Stage], index_of: Mapping[str, int]
+    entry: _Declared, made: list[Step], stage: Stage, by_name: Mapping[str, _Declared], known: Set[str]
 ) -> list[Problem]:
+    """What is wrong with what a step reads, judged by its first member: the others read as many."""
     problems = []
-    for step in steps:
-        if step.stage not in stages:
-            continue
-        roles = stages[step.stage].roles
-        at: Location = ("steps", index_of[step.name], "inputs")
-        for role, names in step.inputs.items():
-            if role not in roles:
-                hint = strict.nearest(role, roles) or "; it reads none"
-                problems.append(Problem((*at, role), f"stage {step.stage} has no such input{hint}"))
-            problems += [
-                Problem((*at, role), f"there is no step {name!r}{strict.nearest(name, index_of)}")
-                for name in names
-                if name not in index_of
-            ]
-            if len(set(names)) < len(names):
-                problems.append(Problem((*at, role), "names a step twice"))
-        for role, many in roles.items():
-            given = len(step.inputs.get(role, ()))
-            if many in ("", "+") and given == 0:
-                problems.append(Problem((*at, role), "missing: name the step to read" + "s" * (many == "+")))
-            if many in ("", "?") and given > 1:
-                problems.append(Problem((*at, role), f"takes one step, got {given}"))
+    at: Location = (*entry.at, "inputs")
+    for role, names in entry.step.inputs.items():
+        if role not in stage.roles:
+            hint = strict.nearest(role, stage.roles) or "; it reads none"
+            problems.append(Problem((*at, role), f"stage {entry.step.stage} has no such input{hint}"))
+        problems += [
+            Problem((*at, role), f"there is no step {name!r}{strict.nearest(name, known)}")
+            for name in names
+            if name not in known
+        ]
+        if len(set(names)) < len(names):
+            problems.append(Problem((*at, role), "names a step twice"))
+    for role, many in stage.roles.items():
+        names = entry.step.inputs.get(role, ())
+        given = sum(len(step.inputs.get(role, ())) for step in made)
+        if many in ("", "+") and not names:
+            problems.append(Problem((*at, role), "missing: name the step to read" + "s" * (many == "+")))
+        if many in ("", "?") and given > 1:
+            swept = next((name for name in names if name in by_name and by_name[name].root), None)
+            hint = f"; with `sweep: {swept}` this step is done for each member of {swept}" if swept else ""
+            problems.append(Problem((*at, role), f"takes one step, got {given}{hint}"))
     return problems
 
 

@@ -7,7 +7,7 @@ fingerprints of the steps that are read. It does not cover resources or the plac
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pydantic_core import to_jsonable_python
 from galdist.config import ExternalPath, Run, Step, external_paths
 from galdist.stages import STAGES, Stage
 from hpc import durable
+from hpc.resources import Layout
 from hpc.strict import Problem, SettingsError, StrictModel, nearest
 
 PROVENANCE, DONE, CONFIG = "provenance.json", "done.json", "config.yaml"
@@ -47,6 +48,8 @@ class PlannedStep:
     """For people: why it runs, or why it does not."""
     again: bool = False
     """Computed again although there is a result (``--from``)."""
+    asked: bool = True
+    """False for a step that ``--only`` leaves out."""
 
     @property
     def name(self) -> str:
@@ -58,29 +61,47 @@ class PlannedStep:
         """Number of processes."""
         return self.step.resources.ranks or self.stage.ranks
 
+    def layout(self) -> Layout:
+        """How a scheduler lays its processes on nodes.
+
+        Raises
+        ------
+        hpc.strict.SettingsError
+            where they do not fit.
+        """
+        return self.step.resources.layout(self.stage.runtime, self.stage.ranks)
+
 
 def plan(
     run: Run,
     out: Path,
     start_from: str | None = None,
-    only: str | None = None,
+    only: Collection[str] | None = None,
     stages: Mapping[str, Stage] = STAGES,
 ) -> list[PlannedStep]:
     """What `galdist.pipeline.execute` would do, in order. Reads the run's folder and changes nothing.
 
+    Parameters
+    ----------
+    start_from:
+        This step and those that depend on it are computed again. The name of a swept step means all its
+        members, here and in ``only``.
+    only:
+        Names of steps: the others do not run. What they read must be done, or be among them.
+
     Raises
     ------
     hpc.strict.SettingsError
-        for an external path where nothing is, for a step name that does not exist, and where the inputs of
-        the ``only`` step are not done.
+        for an external path where nothing is, for a step name that does not exist, and where inputs of the
+        ``only`` steps are neither done nor among them.
     """
     steps = run.steps
-    for option, name in (("--from", start_from), ("--only", only)):
-        if name is not None and name not in steps:
-            raise SettingsError(option, [Problem((), f"there is no step {name!r}{nearest(name, steps)}")])
-    durations = _durations(out)
+    first = _named("--from", [] if start_from is None else [start_from], run)
+    wanted = None if only is None else _named("--only", only, run)
+    measured = durations(out)
     planned: dict[str, PlannedStep] = {}
     problems: list[Problem] = []
+    missing: dict[str, str] = {}  # neither done nor asked for -> why it would run
     for name, step in steps.items():
         before = read_record(out / name)
         try:
@@ -91,25 +112,46 @@ def plan(
         reads = {other for names in step.inputs.values() for other in names}
         if not reads <= planned.keys():
             continue  # of a step with a problem
-        entry = _identify(step, stages[step.stage], run.configs[name], external, planned, durations.get(name))
+        entry = _identify(step, stages[step.stage], run.configs[name], external, planned, measured.get(name))
         runs, why = _decide(out, entry, before)
-        if name == start_from or any(planned[other].again for other in reads):
-            runs, why = True, "asked for with --from" if name == start_from else f"follows {start_from}"
+        if name in first or any(planned[other].again for other in reads):
+            runs, why = True, "asked for with --from" if name in first else f"follows {start_from}"
             entry = replace(entry, again=True)
-        if only is not None and name != only:
-            if runs and any(name in names for names in steps[only].inputs.values()):
-                problems.append(Problem((only,), f"reads {name}, which is not done ({why})"))
+        asked = wanted is None or name in wanted
+        if not asked:
+            if runs:
+                missing[name] = why
             runs, why = False, "not asked for"
         if runs:
+            problems += [
+                Problem((name,), f"reads {other}, which is not done ({missing[other]})")
+                for other in entry.inputs
+                if other in missing
+            ]
             problems += [
                 Problem(("steps", name, "config"), f"there is nothing at {path}")
                 for path in external
                 if not Path(path).exists()
             ]
-        planned[name] = replace(entry, runs=runs, why=why)
+        planned[name] = replace(entry, runs=runs, why=why, asked=asked)
     if problems:
         raise SettingsError(f"run {run.file.name}", problems)
     return list(planned.values())
+
+
+def _named(option: str, names: Iterable[str], run: Run) -> set[str]:
+    """The steps that names on the command line mean."""
+    steps = run.steps
+    meant: set[str] = set()
+    for name in names:
+        if name in run.sweeps:
+            meant.update(run.sweeps[name].members)
+        elif name in steps:
+            meant.add(name)
+        else:
+            hint = nearest(name, [*steps, *run.sweeps])
+            raise SettingsError(option, [Problem((), f"there is no step {name!r}{hint}")])
+    return meant
 
 
 def replaced_folder(out: Path, name: str, fingerprint: str) -> Path:
@@ -243,7 +285,7 @@ def _without_places(value: Any, external: Mapping[str, str]) -> Any:
     return to_jsonable_python(value)
 
 
-def _durations(out: Path) -> dict[str, float]:
+def durations(out: Path) -> dict[str, float]:
     """Step -> seconds that it took the last time, whatever its configuration was."""
     found: dict[str, tuple[str, float]] = {}
     for path in [*out.glob(f"*/{PROVENANCE}"), *out.glob(f"{REPLACED}/*/{PROVENANCE}")]:

@@ -10,13 +10,17 @@ whether the batch holds whole boxes, whose opposite faces touch.
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import socket
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -203,8 +207,15 @@ class BoxCache:
             values = np.load(path, mmap_mode="r")
         except FileNotFoundError:
             values = self.boxes[box].open().read(field)
-            with durable.atomic_path(path) as temporary, open(temporary, "wb") as stream:
-                np.save(stream, values)
+            what = f"box {self.boxes[box].name}, decoded (data.cache_gib bounds what is kept)"
+            with (
+                durable.room_for(what, self.folder),
+                durable.atomic_path(path) as temporary,
+                open(temporary, "wb") as stream,
+            ):
+                header = np.lib.format.header_data_from_array_1_0(values)
+                np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(values.data)  # `np.save` does not say that a disk is full
             with contextlib.suppress(FileNotFoundError):  # another rank is already done with it
                 values = np.load(path, mmap_mode="r")
         self._open[box, field] = values
@@ -220,8 +231,8 @@ class BoxCache:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove this node's files."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the files of all nodes, also of those that an earlier start of the job was on."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     @property
     def nbytes(self) -> int:
@@ -349,6 +360,71 @@ class _Collate:
         return {**batch, "halo": self.halo, "periodic": self.periodic}
 
 
+class TrainingBatches:
+    """This rank's batches, step by step, made ahead by worker processes.
+
+    A batch that is slow to come (its boxes are decoded first) does not hold up the rank: `wait` returns in
+    between, for the ranks to agree whether to go on.
+    """
+
+    def __init__(self, loader: "DataLoader[Batch]", sampler: CropSampler) -> None:
+        self._loader, self._sampler = loader, sampler
+        self._iterator: Iterator[Batch] = iter(())
+        self._next: futures.Future[list[Batch]] | None = None
+
+    def start_at(self, epoch: int, step: int) -> None:
+        """Begin to make the batches of an epoch, from a step on; all of those asked for before are taken."""
+        self._sampler.start_at(epoch, step)
+        with _signals_left_to_the_rank():
+            self._iterator = iter(self._loader)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the batches of the next step are there, after waiting for them for so long at most."""
+        if self._next is None:
+            self._next = futures.Future()
+            threading.Thread(target=self._make, args=(self._next,), daemon=True).start()
+        return bool(futures.wait([self._next], seconds).done)
+
+    def take(self) -> list[Batch]:
+        """The batches of the next step, one for each of its parts."""
+        assert self._next is not None
+        batches = self._next.result()
+        self._next = None
+        return batches
+
+    def _make(self, made: "futures.Future[list[Batch]]") -> None:
+        try:
+            made.set_result([next(self._iterator) for _ in range(self._sampler.parts)])
+        except BaseException as error:  # noqa: BLE001 - `take` raises it
+            made.set_exception(error)
+
+
+@contextlib.contextmanager
+def _signals_left_to_the_rank() -> Iterator[None]:
+    """Processes that start inside never see SIGTERM and SIGINT.
+
+    Whoever stops a job signals all of its processes: the rank saves its work and then ends its workers.
+    """
+    resource_tracker.ensure_running()  # which lets these signals through as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_the_rank_says(worker: int) -> None:
+    """In a worker, where SIGTERM is blocked: end when it comes from the rank, which waits for that to end
+    itself."""
+
+    def listen() -> None:
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
 class GridData:
     """The training and validation boxes of grid stores.
 
@@ -445,8 +521,8 @@ class GridData:
             )
         return sampler
 
-    def loader(self, sampler: CropSampler, seed: int, pin_memory: bool) -> "DataLoader[Batch]":
-        """Batches of the training samples in the sampler's order, made by worker processes."""
+    def batches(self, sampler: CropSampler, seed: int, pin_memory: bool) -> TrainingBatches:
+        """Batches of the training samples in the sampler's order."""
         workers = self.config.workers
         # Spawned, not forked: the store's decoder has threads, which a fork does not copy.
         processes: dict[str, Any] = (
@@ -454,31 +530,41 @@ class GridData:
             if workers
             else {}
         )
-        return DataLoader(
+        loader: DataLoader[Batch] = DataLoader(
             CropDataset(self.cache, self.fields, self.config.crop, self.n_mesh, seed),
             batch_sampler=sampler,
             collate_fn=_Collate(self.config.margin, self.periodic),
             num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=_end_when_the_rank_says,
             # Its own, so that starting an epoch draws nothing from the generator that models use.
             generator=torch.Generator(),
             pin_memory=pin_memory,
             **processes,
         )
+        return TrainingBatches(loader, sampler)
 
     def training_fields(self, field: str) -> Iterator[NDArray[Any]]:
         """``field`` of every training box, one at a time."""
         for box in self.training:
             yield box.open().read(field)
 
-    def validation_batches(self, group: ddp.Group, side: int, halo: int, alignment: int) -> Iterator[Batch]:
-        """This rank's share of the validation boxes, as tiles that together cover every voxel once."""
+    def validation_batches(
+        self, group: ddp.Group, side: int, halo: int, alignment: int, done: int = 0
+    ) -> Iterator[Batch | None]:
+        """The validation boxes in rounds: a tile for each rank, None for those that the last round leaves
+        out.
+
+        All together cover every voxel once. The first ``done`` tiles are left out.
+        """
         blocks = tiles(self.n_mesh, side, halo, alignment)
-        mine = range(group.rank, len(self.validation) * len(blocks), group.world_size)
         held: int | None = None
         whole: dict[str, Mesh] = {}
-        for item in mine:
-            box, tile = divmod(item, len(blocks))
+        n_tiles = len(self.validation) * len(blocks)
+        for first in range(done, n_tiles, group.world_size):
+            box, tile = divmod(first + group.rank, len(blocks))
+            if box >= len(self.validation):
+                yield None
+                continue
             if box != held:
                 grids = self.validation[box].open()
                 whole = {field: grids.read(field) for field in self.fields}
@@ -492,9 +578,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
-
-
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A terminal or a scheduler signals every process: the rank saves its work and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

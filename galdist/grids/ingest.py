@@ -299,7 +299,8 @@ def _scatter(job: _Job, index: int) -> None:
     reach = max(REACH[field.scheme] for field in job.fields)
     parts: list[dict[str, Any]] = []
     n_read = offset = 0
-    with durable.atomic_path(target, sync=False) as temporary, open(temporary, "wb") as stream:
+    # On the disk before its mark: a node that is lost takes with it what was in its memory.
+    with durable.atomic_path(target) as temporary, open(temporary, "wb") as stream:
         for columns in _parts(job, index):
             n_read += len(columns["position"])
             part: dict[str, Any] = {"columns": {}}
@@ -315,7 +316,7 @@ def _scatter(job: _Job, index: int) -> None:
                 }
                 offset += stream.write(np.take(values, order, axis=0).data)
             parts.append(part)
-    durable.write_json(mark, {"n": n_read, "parts": parts, "source": _source(job, index)}, sync=False)
+    durable.write_json(mark, {"n": n_read, "parts": parts, "source": _source(job, index)})
 
 
 def _parts(job: _Job, index: int) -> Iterator[dict[str, NDArray[Any]]]:
@@ -439,6 +440,10 @@ def _slab_columns(
                     width, dtype = column["width"], np.dtype(column["dtype"])
                     stream.seek(column["offset"] + start * width * dtype.itemsize)
                     values = np.fromfile(stream, dtype, (stop - start) * width)
+                    if len(values) < (stop - start) * width:
+                        raise SimulationError(
+                            f"{stream.name} was cut off: remove {job.scratch} and run the same command again"
+                        )
                     columns[name] = values.reshape(-1, 3) if width == 3 else values
                 yield columns
 

@@ -93,6 +93,8 @@ class Curve(NamedTuple):
 
     value: NDArray[np.float64]
     error: NDArray[np.float64]
+    boxes: Sequence[ArrayLike] = ()
+    """Values of single boxes where ``value`` is a mean over them."""
 
 
 @contextlib.contextmanager
@@ -235,17 +237,18 @@ def plot_metric(ax: Axes, epoch: ArrayLike, metric: Mapping[str, ArrayLike]) -> 
 
 
 def plot_throughput(ax: Axes, epoch: ArrayLike, speed: Mapping[str, ArrayLike]) -> None:
-    """Training speed of each epoch, and the fraction of the time in which it waited for data (right axis).
+    """Training speed of each epoch, and the fractions of the time in which it waited (right axis).
 
-    ``speed`` holds the two, in this order.
+    ``speed`` holds the first before the others, each by its name.
     """
-    samples_per_second, waiting = speed.values()
-    _epochs(ax, epoch, {"samples/s": samples_per_second})
+    (name, samples_per_second), *waits = speed.items()
+    _epochs(ax, epoch, {name: samples_per_second})
     ax.set(ylabel="samples per second", ylim=(0, 1.15 * np.nanmax(np.asarray(samples_per_second, float))))
     wait = ax.twinx()
     ax.tick_params(right=False)
-    wait.plot(epoch, 100 * np.asarray(waiting, float), ":", color=HOD, label="waiting for data")
-    wait.set(ylabel="time waiting for data [%]", ylim=(0, None))
+    for (name, waiting), dash in zip(waits, itertools.cycle((":", "-."))):
+        wait.plot(epoch, 100 * np.asarray(waiting, float), dash, color=HOD, label=plain(name))
+    wait.set(ylabel="time waiting [%]", ylim=(0, None))
     if wait.get_ylim()[1] < 10:
         wait.set_ylim(0, 10)
     handles = [*ax.lines, *wait.lines]
@@ -264,9 +267,10 @@ def plot_power(
     palette: Palette,
     nyquist: float,
     shot_noise: Mapping[str, ArrayLike] | None = None,
-    boxes: Mapping[str, Sequence[ArrayLike]] | None = None,
 ) -> None:
-    """Power spectra [(Mpc/h)^3] of fields, by label, shot noise included; bands are one standard deviation.
+    """Power spectra [(Mpc/h)^3] of fields, by label, shot noise included.
+
+    Bands are one standard deviation, thin lines single boxes.
 
     Parameters
     ----------
@@ -275,10 +279,8 @@ def plot_power(
         Nyquist wavenumber of the mesh [h/Mpc]; the axis ends there.
     shot_noise
         what shot noise adds to each bin, by label: dash-dotted.
-    boxes
-        powers of single boxes where ``powers`` is a mean over them, by label: thin.
     """
-    _curves(ax, k, powers, palette, nyquist, boxes, positive=True)
+    _curves(ax, k, powers, palette, nyquist, positive=True)
     for label, noise in (shot_noise or {}).items():
         ax.plot(
             k,
@@ -293,16 +295,11 @@ def plot_power(
 
 
 def plot_correlation(
-    ax: Axes,
-    k: ArrayLike,
-    correlations: Mapping[str, Curve],
-    palette: Palette,
-    nyquist: float,
-    boxes: Mapping[str, Sequence[ArrayLike]] | None = None,
+    ax: Axes, k: ArrayLike, correlations: Mapping[str, Curve], palette: Palette, nyquist: float
 ) -> None:
     """Cross-correlation coefficients r(k) with the truth; parameters as in `plot_power`."""
     ax.axhline(1, color=MUTED, linewidth=0.7)
-    _curves(ax, k, correlations, palette, nyquist, boxes)
+    _curves(ax, k, correlations, palette, nyquist)
     low = min(
         (np.nanmin(c.value - c.error) for c in correlations.values() if np.isfinite(c.value).any()), default=0
     )
@@ -311,16 +308,11 @@ def plot_correlation(
 
 
 def plot_transfer(
-    ax: Axes,
-    k: ArrayLike,
-    transfers: Mapping[str, Curve],
-    palette: Palette,
-    nyquist: float,
-    boxes: Mapping[str, Sequence[ArrayLike]] | None = None,
+    ax: Axes, k: ArrayLike, transfers: Mapping[str, Curve], palette: Palette, nyquist: float
 ) -> None:
     """Transfer functions T(k) = sqrt(P / P_truth); parameters as in `plot_power`."""
     ax.axhline(1, color=MUTED, linewidth=0.7)
-    _curves(ax, k, transfers, palette, nyquist, boxes)
+    _curves(ax, k, transfers, palette, nyquist)
     ax.set(ylabel=r"$T(k) = [P(k)\,/\,P_\mathrm{truth}(k)]^{1/2}$")
     low, high = ax.get_ylim()
     ax.set_ylim(max(0, min(low, 0.8)), max(high, 1.2))
@@ -369,13 +361,12 @@ def _curves(
     curves: Mapping[str, Curve],
     palette: Palette,
     nyquist: float,
-    boxes: Mapping[str, Sequence[ArrayLike]] | None,
     positive: bool = False,
 ) -> None:
     k = np.asarray(k, float)
-    for label, (value, error) in curves.items():
+    for label, (value, error, boxes) in curves.items():
         look = palette[label]
-        for box in (boxes or {}).get(label, ()):
+        for box in boxes:
             ax.plot(k, box, color=look.color, linestyle=look.line, linewidth=0.5, alpha=0.45)
         lower = np.maximum(value - error, value / 10) if positive else value - error
         ax.fill_between(k, lower, value + error, color=look.color, alpha=0.18, linewidth=0)

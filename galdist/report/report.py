@@ -50,11 +50,16 @@ _LINKS = {
 _LOSSES = {"train_loss": "training", "validation_loss": "validation"}
 _SCORES = {"accuracy": "accuracy", "recall": "recall", "precision": "precision", "pr_auc": "PR-AUC"}
 _SPEED = {
-    "samples_per_second": "samples per second",
-    "data_wait_fraction": "fraction of time waiting for data",
+    "samples_per_second": "samples/s",
+    "data_wait_fraction": "waiting for data",
+    "device_wait_fraction": "waiting for the GPU",
 }
 _CONFUSION = ("true_positives", "false_positives", "true_negatives", "false_negatives")
-_NOT_DRAWN = {"epoch", "seconds", "learning_rate", "threshold", *_LOSSES, *_SCORES, *_SPEED, *_CONFUSION}
+_NOT_DRAWN = {
+    *("epoch", "seconds", "learning_rate", "threshold", "peak_gpu_memory"),
+    *(*_LOSSES, *_SCORES, *_SPEED, *_CONFUSION),
+}
+_UNKNOWN = "–"
 
 
 class ReportConfig(StrictModel):
@@ -111,6 +116,8 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         sections=sections,
         confusions=_confusions(results, predictions),
         results=[row for row in results if row["metric"] not in _CONFUSION],
+        resources=[row for step in steps for row in _resources(step)],
+        restarts=[row for step in steps for row in _restarts(step)],
         versions=_versions(steps),
     )  # fmt: skip
     durable.write_text(out / FILE, page)
@@ -443,10 +450,10 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     from galdist.report import plots
 
     k, nyquist = boxes[0]["k"], boxes[0]["nyquist"]
-    powers, single_powers = _curves(boxes, "fields", "power")
-    noises, _ = _curves(boxes, "fields", "shot_noise_power")
-    correlations, single_correlations = _curves(boxes, "cross", "r")
-    transfers, single_transfers = _curves(boxes, "cross", "transfer")
+    powers = _curves(boxes, "fields", "power")
+    noises = _curves(boxes, "fields", "shot_noise_power")
+    correlations = _curves(boxes, "cross", "r")
+    transfers = _curves(boxes, "cross", "transfer")
     # The matter's r says how hard the task is; its T (the inverse bias) would only stretch the axis. Of
     # fields that are no counts (`step:galaxy_probability`) the amplitude has no meaning, only r.
     transfers = {label: curve for label, curve in transfers.items() if label != MATTER and _is_count(label)}
@@ -454,7 +461,7 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     panels = [
         _Panel(
             lambda ax, palette: plots.plot_power(
-                ax, k, powers, palette, nyquist, {TRUTH: noises[TRUTH].value}, single_powers
+                ax, k, powers, palette, nyquist, {TRUTH: noises[TRUTH].value}
             ),
             f"Power spectra against wavenumber. {_ends(k, powers, '(Mpc/h)^3')}",
         )
@@ -462,16 +469,14 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     if correlations:
         panels.append(
             _Panel(
-                lambda ax, palette: plots.plot_correlation(
-                    ax, k, correlations, palette, nyquist, single_correlations
-                ),
+                lambda ax, palette: plots.plot_correlation(ax, k, correlations, palette, nyquist),
                 f"Cross-correlation coefficient r(k) with the truth. {_ends(k, correlations)}",
             )
         )
     if transfers:
         panels.append(
             _Panel(
-                lambda ax, palette: plots.plot_transfer(ax, k, transfers, palette, nyquist, single_transfers),
+                lambda ax, palette: plots.plot_transfer(ax, k, transfers, palette, nyquist),
                 f"Transfer function T(k). {_ends(k, transfers)}",
             )
         )
@@ -484,21 +489,19 @@ def _is_count(label: str) -> bool:
     return not field or field.startswith("expected")
 
 
-def _curves(
-    boxes: list[dict[str, Any]], group: str, key: str
-) -> "tuple[dict[str, Curve], dict[str, list[NDArray[np.float64]]]]":
-    """Mean over boxes with its error, by label; single boxes where there are several."""
+def _curves(boxes: list[dict[str, Any]], group: str, key: str) -> "dict[str, Curve]":
+    """Mean over boxes with its error, by label; with single boxes where there are several."""
     from galdist.report.plots import Curve
 
     labels = [label for label in boxes[0][group] if all(label in box[group] for box in boxes)]
-    means, single = {}, {}
+    means = {}
     for label in labels:
         values = [box[group][label][key] for box in boxes]
         nothing = np.zeros_like(values[0])
         errors = [box[group][label].get(f"{key}_error", nothing) for box in boxes]
-        means[label] = Curve(np.mean(values, axis=0), np.sqrt(np.sum(np.square(errors), axis=0)) / len(boxes))
-        single[label] = values if len(boxes) > 1 else []
-    return means, single
+        error = np.sqrt(np.sum(np.square(errors), axis=0)) / len(boxes)
+        means[label] = Curve(np.mean(values, axis=0), error, values if len(boxes) > 1 else ())
+    return means
 
 
 def _occupation(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
@@ -542,7 +545,7 @@ def _draw_occupation(
 def _ends(k: NDArray[np.float64], curves: "Mapping[str, Curve]", unit: str = "") -> str:
     """Values at both ends, in words."""
     texts = []
-    for label, (value, _) in curves.items():
+    for label, (value, *_) in curves.items():
         good = np.flatnonzero(np.isfinite(value))
         if good.size:
             first, last = good[0], good[-1]
@@ -568,7 +571,7 @@ def _summary(steps: Sequence[Step]) -> dict[str, Any]:
         "hosts": each("host"),
         "platforms": each("platform"),
         "commits": each("git_commit"),
-        "seeds": each("seed"),
+        "seeds": each("run_seed"),
         "processes": max((record.get("ranks") or 1 for record in records), default=1),
         "memory": max((_peak(record) for record in records), default=0),
     }
@@ -589,6 +592,91 @@ def _step_row(step: Step, steps: Sequence[Step]) -> dict[str, Any]:
         ),
         "links": {label: f"../{step.name}/{file}" for file, label in _LINKS.items() if step.has(file)},
     }
+
+
+def _resources(step: Step) -> list[dict[str, Any]]:
+    """What a step asked for and used; where it had jobs of workers beside its own, one of them in a row
+    below."""
+    record = step.provenance
+    asked, usage = record.get("asked") or {}, record.get("usage") or {}
+    job = record.get("job") or {}
+    ranks, nodes = asked.get("ranks") or 1, asked.get("nodes") or 1
+    memory = asked.get("memory")
+    own = {
+        "elapsed": record.get("seconds"),
+        "time_limit": asked.get("time"),
+        "memory_asked": memory and nodes * memory,
+        "cpus": asked.get("cpus") and ranks * asked["cpus"],
+        "gpus": nodes * (asked.get("gpus") or 0),
+        "max_rss": sum((record.get("peak_memory") or {}).values()),
+    }
+    speed = {row["metric"]: row["value"] for row in step.metrics if row["sample"] == "train"}
+    rows = [
+        {
+            "name": step.name,
+            "job": job.get("id") or _UNKNOWN,
+            "nodes": ", ".join(job.get("nodes") or record.get("hosts") or []) or _UNKNOWN,
+            "starts": 1 + len(record.get("attempts") or []) + (job.get("restarts") or 0) if record else 0,
+            "data": _speed(speed),
+            **_shares(own | {key: value for key, value in usage.items() if value}, speed),
+        }
+    ]
+    if workers := usage.get("workers"):  # sums over their jobs, but for the memory used
+        each = {
+            key: workers[key] / nodes
+            for key in ("elapsed", "cpu_seconds", "cpus", "memory_asked")
+            if workers.get(key)
+        }
+        unknown = {"job": _UNKNOWN, "nodes": _UNKNOWN, "starts": 0, "data": _UNKNOWN}
+        rows.append({"name": f"each of its {nodes} workers", **unknown, **_shares({**workers, **each}, {})})
+    return rows
+
+
+def _shares(usage: Mapping[str, Any], speed: Mapping[str, float]) -> dict[str, Any]:
+    elapsed, cpu_seconds = usage.get("elapsed"), usage.get("cpu_seconds")
+    busy = cpu_seconds / elapsed if elapsed and cpu_seconds else None
+    gpus = [
+        f"{usage['gpus']}" if usage.get("gpus") else "",
+        f"{usage['gpu_utilization']:.0f}% busy" if usage.get("gpu_utilization") is not None else "",
+        f"{speed['peak_gpu_memory']:.3g} GB" if "peak_gpu_memory" in speed else "",
+    ]
+    return {
+        "time": _used(elapsed, usage.get("time_limit"), status.duration),
+        "memory": _used(usage.get("max_rss"), usage.get("memory_asked"), status.size_text),
+        "cores": _used(busy, usage.get("cpus"), lambda cores: f"{cores:.3g}"),
+        "gpus": ", ".join(filter(None, gpus)) or _UNKNOWN,
+    }
+
+
+def _used(used: float | None, asked: float | None, words: Callable[[float], str]) -> dict[str, Any]:
+    """What was used of what was asked for, as far as either is known: in words, and in percent."""
+    text = (words(used) if used else _UNKNOWN) + (f" of {words(asked)}" if asked else "")
+    return {"text": text, "percent": min(100 * used / asked, 100) if used and asked else None}
+
+
+def _speed(speed: Mapping[str, float]) -> str:
+    texts = [
+        f"{speed['samples_per_second']:.3g} samples/s" if "samples_per_second" in speed else "",
+        *(
+            f"{100 * speed[key]:.0f}% waiting for {what}"
+            for key, what in (("data_wait_fraction", "data"), ("device_wait_fraction", "the GPU"))
+            if key in speed
+        ),
+    ]
+    return ", ".join(filter(None, texts)) or _UNKNOWN
+
+
+def _restarts(step: Step) -> list[dict[str, Any]]:
+    """Attempts at a step that did not end well."""
+    return [
+        {
+            "name": step.name,
+            "started": attempt.get("started"),
+            "job": attempt.get("job") or _UNKNOWN,
+            "why": str(attempt.get("error") or _UNKNOWN).splitlines()[0],
+        }
+        for attempt in step.provenance.get("attempts") or []
+    ]
 
 
 def _peak(record: Mapping[str, Any]) -> int:

@@ -118,10 +118,19 @@ Transfer = Literal["CLASS", "EisensteinHu"]
 def linear_power(cosmology: Cosmology, transfer: Transfer = "CLASS") -> Callable[[np.ndarray], np.ndarray]:
     """Linear P(k) [(Mpc/h)^3] at z=0 as a function of k [h/Mpc], normalized to ``sigma_8``."""
     require_nbodykit()
-    from nbodykit.cosmology import Cosmology as ClassCosmology
     from nbodykit.cosmology import LinearPower
 
-    class_cosmology = ClassCosmology(
+    power = LinearPower(class_cosmology(cosmology), 0.0, transfer)
+    power.sigma8 = cosmology.sigma_8
+    return power
+
+
+def class_cosmology(cosmology: Cosmology) -> Any:
+    """The cosmology as CLASS knows it (`nbodykit.cosmology.Cosmology`): massless neutrinos, and an amplitude
+    of its own."""
+    from nbodykit.cosmology import Cosmology as ClassCosmology
+
+    return ClassCosmology(
         h=cosmology.h,
         Omega0_b=cosmology.Omega_b,
         Omega0_cdm=cosmology.Omega_m - cosmology.Omega_b,
@@ -129,9 +138,6 @@ def linear_power(cosmology: Cosmology, transfer: Transfer = "CLASS") -> Callable
         m_ncdm=None,
         N_ur=3.046,
     )
-    power = LinearPower(class_cosmology, 0.0, transfer)
-    power.sigma8 = cosmology.sigma_8
-    return power
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
-from galdist.simulations.halos import MINIMUM_PARTICLES, Halos, Members, take
+from galdist.simulations.halos import MINIMUM_PARTICLES, Halos, Members, Table
 
 Suite = Literal["MockA", "MockB"]
 FEEDBACK = ("A_SN1", "A_AGN1", "A_SN2", "A_AGN2")
@@ -109,7 +109,7 @@ PHYSICS: dict[str, Physics] = {
 
 
 @dataclass
-class Galaxies:
+class Galaxies(Table):
     """Columns of n galaxies at z=0, by halo: the central first, then its satellites from the most massive
     down.
 
@@ -146,9 +146,6 @@ class Galaxies:
     magnitudes: np.ndarray
     v_max: np.ndarray
     velocity_dispersion: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.halo)
 
 
 @dataclass(frozen=True)
@@ -294,7 +291,7 @@ def populate(
         v_max=halos.v_max[row] * scale,
         velocity_dispersion=halos.velocity_dispersion[row] * scale,
     )
-    return take(galaxies, np.lexsort((-stars, ~central, row)))
+    return galaxies.take(np.lexsort((-stars, ~central, row)))
 
 
 def uniform(seed: int, identity: np.ndarray, draw: np.ndarray | int) -> np.ndarray:

@@ -7,7 +7,7 @@ depends on the number of ranks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numba import njit
@@ -29,7 +29,24 @@ _CORE_FRACTION, _CORE_MINIMUM = 0.1, 10  # particles that define a halo's center
 
 
 @dataclass
-class Halos:
+class Table:
+    """Columns: arrays of one length, one in each field of the dataclass."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Some rows, in the order given."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[Self]) -> Self:
+        """The rows of several tables, one table after the other."""
+        return cls(**{f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(cls)})
+
+
+@dataclass
+class Halos(Table):
     """Columns of the groups of this rank (n of them), comoving, at z=0.
 
     Attributes
@@ -95,9 +112,6 @@ class Halos:
     formation_redshift: np.ndarray
     overdensity: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.number)
-
 
 @dataclass
 class Members:
@@ -107,17 +121,6 @@ class Members:
     ids: np.ndarray
     position: np.ndarray
     velocity: np.ndarray
-
-
-def concatenate(tables: Sequence[Any]) -> Any:
-    """One table from several of the same dataclass of columns."""
-    kind = type(tables[0])
-    return kind(**{f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(kind)})
-
-
-def take(table: Any, rows: np.ndarray) -> Any:
-    """Rows of a dataclass of columns."""
-    return type(table)(**{f.name: getattr(table, f.name)[rows] for f in fields(table)})
 
 
 def route(comm: Any, destination: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:

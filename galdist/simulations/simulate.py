@@ -229,8 +229,8 @@ def _make(
     number, own, members = halos.find_halos(comm, cosmology, particles, progenitors, config.box_size)
     del progenitors
     report(0.9, "galaxies")
-    everything = halos.concatenate(comm.allgather(own))
-    everything = halos.take(everything, np.argsort(everything.number))
+    everything = halos.Halos.concatenate(comm.allgather(own))
+    everything = everything.take(np.argsort(everything.number))
     trends = formation.Trends.measure(
         everything.mass, everything.concentration, everything.formation_redshift
     )
@@ -261,8 +261,8 @@ def _make(
         np.concatenate((members.velocity, particles.velocity[free])),
     )
     if comm.rank == 0:
-        galaxies = halos.concatenate(galaxies)
-        galaxies = halos.take(galaxies, np.argsort(galaxies.halo, kind="stable"))
+        galaxies = formation.Galaxies.concatenate(galaxies)
+        galaxies = galaxies.take(np.argsort(galaxies.halo, kind="stable"))
         if config.layout == "camels":
             files.write_groups(paths, header, everything, None, starts)
         files.write_groups(paths, header, everything, galaxies, starts)

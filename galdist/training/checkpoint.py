@@ -6,16 +6,19 @@ file.
 """
 
 import contextlib
+import hashlib
+import io
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from galdist.models import Objective, from_description
@@ -30,80 +33,67 @@ MODEL = "model.yaml"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or model that is damaged, unfinished or of another kind."""
+    """A checkpoint or model that is damaged, unfinished, of another kind, or cannot be written."""
 
 
 class Checkpoints:
-    """The checkpoints of a training run, in one folder.
+    """The checkpoints of a training run, in one folder. Names sort by age: ``step-00000120``.
 
-    Names sort by age: ``step-00000120``. A checkpoint that training resumes from may name others that it
-    needs (the best model so far); those are kept as long as it is.
+    Each holds all that training goes on from, so that a damaged one takes no other with it.
     """
 
-    KEPT = 2  # the newest, and the one before in case the newest is damaged
+    def __init__(self, folder: Path, kept: int = 2) -> None:
+        """``kept``: how many of the newest stay; two at least, for the newest may turn out damaged."""
+        self.folder, self.kept = folder, kept
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def write(
-        self,
-        name: str,
-        weights: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any] | None = None,
-        needs: tuple[str, ...] = (),
-    ) -> None:
-        """Write a checkpoint; it replaces one of the same name.
+    def write(self, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove those that are too old; it replaces one of the same step.
 
         Parameters
         ----------
-        name
-            folder of the checkpoint.
+        step
+            global step that training has reached.
         weights
             state dicts by the stem of their safetensors file (``weights``, ``ema``).
         state
             tensors and plain values: whatever ``torch.load(weights_only=True)`` accepts.
-        needs
-            names of other checkpoints that this one refers to.
+
+        Raises
+        ------
+        hpc.durable.NotEnoughSpace
+            where the disk, or a quota, is full; nothing is left of it, and the earlier ones stay.
         """
-        with _whole_folder(self.folder / name) as folder:
-            for stem, tensors in weights.items():
-                save_weights(folder / f"{stem}.safetensors", tensors)
-            if state is not None:
-                torch.save(dict(state), folder / STATE)
-            files = {path.name: durable.sha256(path) for path in sorted(folder.iterdir())}
-            durable.write_json(folder / MANIFEST, {"files": files, "needs": list(needs)})
+        name = f"step-{step:08d}"
+        needed = (_nbytes(weights) + _nbytes(state)) / 1e6
+        with (
+            durable.room_for(f"checkpoint {name} ({needed:.1f} MB)", self.folder),
+            _whole_folder(self.folder / name) as folder,
+        ):
+            checksums = {}
+            for file, data in _files(weights, state):
+                checksums[file] = hashlib.sha256(data).hexdigest()
+                (folder / file).write_bytes(data)
+            durable.write_json(folder / MANIFEST, {"files": checksums})
+        for old in self._names()[: -self.kept]:
+            shutil.rmtree(self.folder / old, ignore_errors=True)  # what cannot go now goes after the next one
 
     def weights(self, name: str, stem: str = "weights") -> dict[str, Tensor]:
-        """State dict ``stem`` of the checkpoint ``name``."""
-        return load_file(self.folder / name / f"{stem}.safetensors")
+        """State dict ``stem`` of the checkpoint ``name``; empty where it has none."""
+        path = self.folder / name / f"{stem}.safetensors"
+        return safetensors.torch.load_file(path) if path.exists() else {}
 
     def state(self, name: str) -> dict[str, Any]:
         """Training state of the checkpoint ``name``, on the CPU."""
         state: dict[str, Any] = torch.load(self.folder / name / STATE, map_location="cpu", weights_only=True)
         return state
 
-    def check(self, name: str) -> None:
-        """Read everything that the checkpoint ``name`` consists of and needs.
-
-        Raises
-        ------
-        CheckpointError
-            where a file is missing or its checksum differs.
-        """
-        for file, expected in self._manifest(name)["files"].items():
-            path = self.folder / name / file
-            if not path.exists():
-                raise CheckpointError(f"{path} is missing")
-            if durable.sha256(path) != expected:
-                raise CheckpointError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
-        for other in self._manifest(name)["needs"]:
-            self.check(other)
-
     def latest(self) -> str | None:
-        """Name of the newest whole checkpoint to resume from; damaged ones are told of and removed."""
-        for name in reversed(self._steps()):
+        """Name of the newest whole checkpoint; damaged and unfinished ones are told of and removed."""
+        for path in self.folder.glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in reversed(self._names()):
             try:
-                self.check(name)
+                self._check(name)
             except CheckpointError as error:
                 log.warning("checkpoint %s cannot be used, the one before it is tried: %s", name, error)
                 shutil.rmtree(self.folder / name)
@@ -111,28 +101,44 @@ class Checkpoints:
                 return name
         return None
 
-    def prune(self) -> None:
-        """Remove all checkpoints but the newest `KEPT` and what they need."""
-        steps = self._steps()
-        kept = set(steps[-self.KEPT :])
-        for name in steps[-self.KEPT :]:
-            with contextlib.suppress(CheckpointError):  # a damaged one needs nothing
-                kept.update(self._manifest(name)["needs"])
-        for path in self.folder.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path)
-
-    def _steps(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("step-*"))
-
-    def _manifest(self, name: str) -> dict[str, Any]:
+    def _check(self, name: str) -> None:
+        """Read every file of a checkpoint."""
         path = self.folder / name / MANIFEST
         try:
-            manifest: dict[str, Any] = durable.read_json(path)
-            _ = manifest["files"], manifest["needs"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            files = dict(durable.read_json(path)["files"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            # Another error of the file system is not the checkpoint's, which must not be removed for it.
             raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-        return manifest
+        for file, expected in files.items():
+            path = self.folder / name / file
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing")
+            if durable.sha256(path) != expected:
+                raise CheckpointError(f"{path} is damaged: its checksum is not the one in {MANIFEST}")
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("step-*"))
+
+
+def _files(
+    weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a checkpoint's files, one in memory at a time: what writes to the disk itself
+    (safetensors, torch) does not say that it is full."""
+    for stem, tensors in weights.items():
+        yield f"{stem}.safetensors", weight_bytes(tensors)
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    yield STATE, buffer.getvalue()
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of all tensors in a tree of plain values."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def save_model(
@@ -156,15 +162,21 @@ def save_model(
     -------
     str
         sha256 of the weights.
+
+    Raises
+    ------
+    hpc.durable.NotEnoughSpace
+        where the disk, or a quota, is full.
     """
-    with durable.atomic_path(folder / WEIGHTS) as temporary:
-        save_weights(temporary, weights)
-    checksum = durable.sha256(folder / WEIGHTS)
+    data = weight_bytes(weights)
+    checksum = hashlib.sha256(data).hexdigest()
     parameters = sum(parameter.numel() for parameter in objective.parameters())
     text = yaml.safe_dump(
         {**objective.description(), "parameters": parameters, "sha256": checksum, **facts}, sort_keys=False
     )
-    durable.write_text(folder / MODEL, text)
+    with durable.room_for("the trained model", folder):
+        durable.write_bytes(folder / WEIGHTS, data)
+        durable.write_text(folder / MODEL, text)
     return checksum
 
 
@@ -190,24 +202,34 @@ def load_model(step: Path) -> tuple[Objective, str]:
             f"{description['sha256'][:12]}): train again, or copy both files from one place"
         )
     objective = from_description(description)
-    objective.load_state_dict(load_file(folder / WEIGHTS))
+    objective.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     return objective.eval(), checksum
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a state dict as safetensors."""
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}, path)
+def weight_bytes(weights: Mapping[str, Tensor]) -> bytes:
+    """A state dict as a safetensors file; tensors may share memory and lie anywhere."""
+    data: bytes = safetensors.torch.save(
+        {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    )
+    return data
 
 
 @contextlib.contextmanager
 def _whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder, flushed to the disk and renamed to ``final`` when the block ends well."""
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for path in (*temporary.iterdir(), temporary):
-        durable.sync_path(path)
+    """A temporary folder, flushed to the disk and renamed to ``final`` when the block ends well; otherwise
+    removed."""
+    # Names of their own: a rank of an earlier start may still write, on a node that was given up.
+    temporary, replaced = (final.with_name(f".{final.name}.{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            durable.sync_path(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(temporary, final)
+    durable.sync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

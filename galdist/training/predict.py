@@ -2,12 +2,12 @@
 
 A box is cut into tiles with halos as wide as the model's reach, so that every voxel is what it would be with
 the whole box in memory; opposite faces touch. Slabs of tiles are shared over ranks, and each is written as
-whole chunks.
+whole chunks. Before every tile the ranks agree whether to go on, so that none waits long for another.
 """
 
-import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,6 @@ from galdist.models import Objective
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import load_model
 from hpc import ddp, durable, progress
-
-log = logging.getLogger(__name__)
 
 
 class PredictConfig(StrictModel):
@@ -60,7 +58,7 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     ValueError
         where there is nothing to predict, or the grids lack what the model reads.
     hpc.ddp.Stopped
-        where a signal asked to stop; slabs that are done stay.
+        where a signal asked to stop, before the next tile; slabs that are done stay.
     """
     with ddp.group() as group, ddp.stop_requests() as stop:
         objective, checksum = load_model(inputs["model"][0])
@@ -86,58 +84,84 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         group.barrier()
         store = open_store(path, mode="r+")
         objective.to(group.device)
-        items = [(box, n) for box in boxes for n in range(len(slabs))]
-        for count, (box, n) in enumerate(items):
-            part = parts / f"{box.name}-{n:04d}.json"
-            if count % group.world_size == group.rank and not part.exists() and not stop:
-                with torch.autocast(group.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    sums = _predict_slab(objective, box, slabs[n], store, truth, group.device)
-                durable.write_json(part, {name: value.tolist() for name, value in sums.items()})
-            if group.is_main:
-                progress.report(count + 1, len(items), box.name)
-        (stopped,) = group.any(bool(stop))
-        if stopped:
-            raise ddp.Stopped(stop.signum)
+        prediction = _Prediction(objective, store, truth, group.device, config.precision, parts)
+        items = [(box, number) for box in boxes for number in range(len(slabs))]
+        # As the main rank sees it: a file system may show the others less, and all must share alike.
+        missing = group.broadcast([n for n, item in enumerate(items) if not prediction.part(*item).exists()])
+
+        def work() -> Iterator[None]:
+            done = len(items) - len(missing)
+            for n in missing[group.rank :: group.world_size]:
+                box, number = items[n]
+                yield from prediction.slab(box, number, slabs[number])
+                done = min(done + group.world_size, len(items))
+                if group.is_main:
+                    progress.report(done, len(items), box.name)
+
+        mine, busy = work(), True
+        while busy:
+            stopped, busy = group.any(bool(stop), next(mine, mine) is None)
+            if stopped:
+                raise ddp.Stopped(stop.signum)
         if group.is_main and truth:
-            _save_metrics(out, objective, boxes, parts, len(slabs))
+            _save_metrics(out, prediction, boxes, len(slabs))
         group.barrier()
 
 
-def _predict_slab(
-    objective: Objective, box: Box, slab: Sequence[Tile], store: GridStore, truth: bool, device: torch.device
-) -> dict[str, Tensor]:
-    """Predict the tiles of a slab and write it; what its metrics need, where the truth is known."""
-    grids = box.open()
-    n_mesh = grids.n_mesh
-    fields = objective.fields if truth else objective.inputs
-    thickness = slab[0].shape[0]
-    planes = {
-        field.name: np.empty((field.components, thickness, n_mesh, n_mesh), np.float32)
-        for field in objective.outputs
-    }
-    sums: dict[str, Tensor] = {}
-    for tile in slab:
-        batch = to_device(tile.batch({field: grids.array(field) for field in fields}), device)
-        with torch.no_grad():
-            new, predicted = objective.evaluate(batch) if truth else ({}, objective.predict(batch))
-        sums = {name: sums[name] + value.cpu() if sums else value.cpu() for name, value in new.items()}
-        _, y, x = tile.interior
-        for name, values in predicted.items():
-            planes[name][:, :, y, x] = values[0].float().cpu().numpy()
-    for field in objective.outputs:
-        filled = planes[field.name]
-        store[box.name].write(field.name, filled if field.components > 1 else filled[0], slab[0].origin[0])
-    return sums
+@dataclass(frozen=True)
+class _Prediction:
+    """What every slab needs to know."""
+
+    objective: Objective
+    store: GridStore
+    truth: bool
+    """Whether the grids hold what is predicted, for metrics."""
+    device: torch.device
+    precision: str
+    parts: Path
+
+    def part(self, box: Box, number: int) -> Path:
+        """What the metrics of a slab need; it is there when the slab is in the store."""
+        return self.parts / f"{box.name}-{number:04d}.json"
+
+    def slab(self, box: Box, number: int, slab: Sequence[Tile]) -> Iterator[None]:
+        """Predict the tiles of a slab, with a pause before each, and write it."""
+        objective = self.objective
+        grids = box.open()
+        n_mesh = grids.n_mesh
+        fields = objective.fields if self.truth else objective.inputs
+        thickness = slab[0].shape[0]
+        planes = {
+            field.name: np.empty((field.components, thickness, n_mesh, n_mesh), np.float32)
+            for field in objective.outputs
+        }
+        sums: dict[str, Tensor] = {}
+        for tile in slab:
+            yield
+            batch = to_device(tile.batch({field: grids.array(field) for field in fields}), self.device)
+            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+            with torch.no_grad(), bf16:
+                new, predicted = objective.evaluate(batch) if self.truth else ({}, objective.predict(batch))
+            sums = {name: sums[name] + value.cpu() if sums else value.cpu() for name, value in new.items()}
+            _, y, x = tile.interior
+            for name, values in predicted.items():
+                planes[name][:, :, y, x] = values[0].float().cpu().numpy()
+        with durable.room_for(f"slab {number} of {box.name}", self.store.path):
+            for field in objective.outputs:
+                filled = planes[field.name] if field.components > 1 else planes[field.name][0]
+                self.store[box.name].write(field.name, filled, slab[0].origin[0])
+            durable.write_json(self.part(box, number), {name: value.tolist() for name, value in sums.items()})
 
 
-def _save_metrics(out: Path, objective: Objective, boxes: Sequence[Box], parts: Path, n_slabs: int) -> None:
+def _save_metrics(out: Path, prediction: _Prediction, boxes: Sequence[Box], n_slabs: int) -> None:
     """Metrics of each box and of all together; sums are added in one order, whoever made them."""
+    objective = prediction.objective
     rows = []
     total: dict[str, Tensor] = {}
     for box in boxes:
         sums: dict[str, Tensor] = {}
-        for n in range(n_slabs):
-            part = durable.read_json(parts / f"{box.name}-{n:04d}.json")
+        for number in range(n_slabs):
+            part = durable.read_json(prediction.part(box, number))
             new = {name: _tensor(value) for name, value in part.items()}
             sums = {name: sums[name] + value if sums else value for name, value in new.items()}
         rows += [metric_row(name, box.name, value) for name, value in objective.summarize(sums).items()]

@@ -4,33 +4,44 @@ What a family is to the loop is said in `galdist.models.Objective`; what it trai
 `galdist.data.datasets`.
 """
 
+import contextlib
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field as Constraint
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from galdist.config import StrictModel
-from galdist.data.datasets import CropsConfig, GridData, to_device
+from galdist.data.datasets import Batch, CropsConfig, GridData, to_device
 from galdist.models import AnyModelConfig, Objective, build
 from galdist.statistics.metrics import metric_row, save_metrics
-from galdist.training.checkpoint import Checkpoints, load_model, save_model
+from galdist.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
 from hpc import ddp, durable, progress
 
 log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
+_PATIENCE = 0.5  # seconds that a rank waits for data before it asks whether to stop
+
+_SPEEDS = {
+    "samples_per_second": "1/s",
+    "data_wait_fraction": "",
+    "device_wait_fraction": "",
+    "peak_gpu_memory": "GB",
+}
+"""What the history says of the machine, and its units; the last two where there are GPUs."""
 
 
 class OptimizerConfig(StrictModel):
@@ -111,6 +122,9 @@ class TrainConfig(StrictModel):
     """Cells read around such a tile. By default the model's reach, which makes tiles exact."""
     checkpoint_minutes: PositiveFloat = 10.0
     """Time between checkpoints within an epoch; its validation comes between two others."""
+    keep_checkpoints: Annotated[int, Constraint(ge=2)] = 2
+    """How many of the newest checkpoints stay, each with the best weights so far. Two at least: where the
+    newest turns out damaged, the one before it is used."""
     seed: int = 0
 
     @model_validator(mode="after")
@@ -137,6 +151,10 @@ class Position:
     """Of the epoch's steps."""
     waited: float = 0.0
     """Seconds of these in which data were waited for."""
+    waited_for_device: float = 0.0
+    """Seconds of these in which the GPU was waited for."""
+    validated: int = 0
+    """Tiles of the epoch's validation that are done."""
 
 
 def train(config: TrainConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
@@ -144,7 +162,8 @@ def train(config: TrainConfig, inputs: Mapping[str, list[Path]], out: Path) -> N
 
     Every rank calls it. Called again on the same folder it continues from the last checkpoint and ends with
     the weights that an uninterrupted run has (bitwise on CPUs with the same number of ranks). SIGTERM and
-    SIGINT save a checkpoint at the next step.
+    SIGINT save a checkpoint at the next step or tile of a validation. Where the disk is full, a checkpoint is
+    tried again when the next one is due, and training goes on.
 
     Parameters
     ----------
@@ -162,6 +181,8 @@ def train(config: TrainConfig, inputs: Mapping[str, list[Path]], out: Path) -> N
         where model, data and settings do not fit each other.
     FloatingPointError
         where the loss is no longer a number.
+    galdist.training.checkpoint.CheckpointError
+        where the disk has no room for what must be saved: at a request to stop, and at the end.
     hpc.ddp.Stopped
         where a signal asked to stop; all is saved.
     """
@@ -198,19 +219,21 @@ class _Training:
                 )
         self.sampler = self.data.sampler(group, config.batch_size, config.accumulate, config.seed)
 
-        self.checkpoints = Checkpoints(out / "checkpoints")
+        self.checkpoints = Checkpoints(out / "checkpoints", config.keep_checkpoints)
         resumed: str | None = group.broadcast(self.checkpoints.latest() if group.is_main else None)
         state = None if resumed is None else self.checkpoints.state(resumed)
         self.position = Position() if state is None else Position(**state["position"])
         self._require_space()
-        loader = self.data.loader(self.sampler, config.seed, pin_memory=group.device.type == "cuda")
-        # Workers start now, while the model is being made ready.
-        self._batches: Callable[[], Iterator[Any]] = lambda: iter(loader)
-        self.batches = self._next_batches()
+        self.history: list[dict[str, float]] = [] if state is None else state["history"]
+        self.best: dict[str, Tensor] = {}  # of the main rank: weights of the best epoch
+        self.losses = torch.zeros((), dtype=torch.float64, device=group.device)
+        self.rehearsed = group.world_size <= 2  # the sum of two is the same in any order
+        self.sums: dict[str, Tensor] = {}  # what this rank's tiles of the validation add up to
+        self.batches = self.data.batches(self.sampler, config.seed, pin_memory=group.device.type == "cuda")
+        self._start_batches()  # now: workers start while the model is being made ready
 
         if resumed is None:
-            if group.is_main:  # the others get it with the weights
-                self.objective.prepare(self.data.training_fields)
+            self._prepare()
         else:
             self.objective.load_state_dict(self.checkpoints.weights(resumed))
         self.objective.to(group.device)
@@ -229,95 +252,156 @@ class _Training:
         if resumed is not None and state is not None:
             self._restore(resumed, state)
         self.saved_at = time.monotonic()
-        self.history = self._read_history()
-        self.tensorboard: Any = None
-        if group.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=self._global_step())
+        self.device = _DeviceClock(group.device)
+        self.board = _Board(out / "tensorboard" if group.is_main else None, self._global_step())
 
     def run(self) -> None:
         """Train until the last epoch or early stopping, then write the best model."""
-        config, position = self.config, self.position
-        while position.epoch < config.epochs and not self._stalled():
+        while self.position.epoch < self.config.epochs and not self._stalled():
             self._train_epoch()
-            self.batches = self._next_batches()  # workers are busy during validation
+            self._start_batches()  # workers are busy during validation
             row = self._validate()
+            position = self.position
             if row["validation_loss"] < position.best_loss:
                 position.best_loss, position.best_epoch = row["validation_loss"], position.epoch
-                self._save_best()
+                if self.group.is_main:
+                    weights = self._validated().state_dict()
+                    self.best = {name: value.to("cpu", copy=True) for name, value in weights.items()}
             self._record(row)
-            self.position = position = Position(
+            self.position = Position(
                 epoch=position.epoch + 1, best_epoch=position.best_epoch, best_loss=position.best_loss
             )
+            self.sums = {}
             self._save()
-        self._finish()
+        if self.group.is_main:
+            try:
+                self._finish()
+            except durable.NotEnoughSpace as error:
+                raise self._lost(error) from error
+
+    def _prepare(self) -> None:
+        """Let the main rank take from the training data what the model needs; `wrap` gives it to the others.
+
+        Between two boxes all ranks agree whether to stop, and so none waits for long.
+        """
+        if not self.group.is_main:
+            while not self._is_prepared(False):
+                continue
+            return
+
+        def fields(field: str) -> Iterator[NDArray[Any]]:
+            for values in self.data.training_fields(field):
+                self._is_prepared(False)
+                yield values
+
+        self.objective.prepare(fields)
+        self._is_prepared(True)
+
+    def _is_prepared(self, done: bool) -> bool:
+        stop, done = self.group.any(bool(self.stop), done)
+        if stop:
+            raise ddp.Stopped(self.stop.signum)
+        return done
 
     def _require_space(self) -> None:
         """Room for the checkpoints that are kept, the one being written, and the best models."""
         weights = sum(tensor.nbytes for tensor in self.objective.state_dict().values())
         moments = 2 * sum(tensor.nbytes for tensor in self.objective.parameters() if tensor.requires_grad)
-        copies = 1 if self.config.ema_decay is None else 2
-        n_bytes = (Checkpoints.KEPT + 1) * (copies * weights + moments) + 3 * weights
+        copies = 2 if self.config.ema_decay is None else 3  # the best weights are in each
+        checkpoint = copies * weights + moments
         held = durable.folder_size(self.checkpoints.folder)
-        durable.require_space(self.out, n_bytes - held, "checkpoints and the model")
+        n_bytes = (self.config.keep_checkpoints + 1) * checkpoint + weights - held
+        durable.require_space(self.out, n_bytes, "checkpoints and the model")
 
     def _train_epoch(self) -> None:
         config, group, position = self.config, self.group, self.position
         n_steps = self.sampler.steps
         self.wrapped.train()
-        losses = torch.zeros((), dtype=torch.float64, device=group.device)
+        self.device.start()
         while position.step < n_steps:
+            batches = self._next_step()
             began = time.perf_counter()
+            if not self.rehearsed:
+                self._rehearse(batches[-1])
             factor = config.schedule.factor(self._global_step(), n_steps, config.epochs)
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = config.optimizer.learning_rate * factor
-            for part in range(config.accumulate):
-                waiting = time.perf_counter()
-                batch = to_device(next(self.batches), group.device)
-                position.waited += time.perf_counter() - waiting
-                if part < config.accumulate - 1:
-                    with group.accumulating(self.wrapped):
-                        losses += self._backward(batch)
-                else:
-                    losses += self._backward(batch)
+            for batch in batches[:-1]:
+                with group.accumulating(self.wrapped):
+                    self._backward(batch)
+            self._backward(batches[-1])
             norm = nn.utils.clip_grad_norm_(self.trainable, config.clip_norm or math.inf)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.average is not None:
                 self.average.update_parameters(self.objective)
             position.step += 1
+            position.waited_for_device += self.device.wait()
             position.seconds += time.perf_counter() - began
-            self._report(losses, norm)
-            due = group.is_main and time.monotonic() - self.saved_at > 60 * config.checkpoint_minutes
-            stop, save = group.any(bool(self.stop), due)
-            save = save or position.step == n_steps  # validation does not stop for a signal
-            if stop or save:
-                self._add_losses(losses)
+            self._report(norm)
+            if position.step == n_steps:
                 self._save()
-            if stop:
-                raise ddp.Stopped(self.stop.signum)
 
-    def _backward(self, batch: dict[str, Any]) -> Tensor:
+    def _next_step(self) -> list[Batch]:
+        """The batches of the next step, as soon as every rank has its own."""
+        position = self.position
+        while True:
+            began = time.perf_counter()
+            ready = self.batches.wait(_PATIENCE)
+            arrived = time.perf_counter()
+            stop, save, waiting = self._vote(not ready)
+            voted = time.perf_counter()
+            position.seconds += voted - began
+            position.waited += (voted if waiting else arrived) - began
+            self._heed(stop, save)
+            if not waiting:
+                return self.batches.take()
+
+    def _vote(self, waiting: bool = False) -> tuple[bool, ...]:
+        """Whether any rank was asked to stop, a checkpoint is due, and any rank waits."""
+        due = self.group.is_main and time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+        return self.group.any(bool(self.stop), due, waiting)
+
+    def _heed(self, stop: bool, save: bool) -> None:
+        """Save where that is due, and stop where that was asked for."""
+        if stop or save:
+            self._save(must=stop)
+        if stop:
+            raise ddp.Stopped(self.stop.signum)
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Let DDP see a backward pass that does not count.
+
+        In the order in which the first one makes gradients it arranges them, and with that the order of sums
+        over ranks, for all that follow: a resumed training would add otherwise than an uninterrupted one.
+        """
+        state = _random_state()
+        self._backward(batch)
+        self.optimizer.zero_grad()
+        self.losses.zero_()
+        _set_random_state(state)
+        self.rehearsed = True
+
+    def _backward(self, batch: Batch) -> None:
         with self._autocast():
-            loss: Tensor = self.wrapped(batch)["loss"] / self.config.accumulate
+            loss: Tensor = self.wrapped(to_device(batch, self.group.device))["loss"] / self.config.accumulate
         loss.backward()
-        return loss.detach()
+        self.losses += loss.detach()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _add_losses(self, losses: Tensor) -> None:
+    def _add_losses(self) -> None:
         """Move what this rank's losses add up to into the position, as the mean over ranks."""
-        self.position.loss += self.group.mean({"loss": losses})["loss"].item()
-        losses.zero_()
+        self.position.loss += self.group.mean({"loss": self.losses})["loss"].item()
+        self.losses.zero_()
         if not math.isfinite(self.position.loss):
             raise FloatingPointError(
                 f"the training loss is {self.position.loss} in epoch {self.position.epoch}: lower "
                 "optimizer.learning_rate, set clip_norm, or try precision: fp32"
             )
 
-    def _report(self, losses: Tensor, norm: Tensor) -> None:
+    def _report(self, norm: Tensor) -> None:
         if not self.group.is_main:
             return
         position, n_steps = self.position, self.sampler.steps
@@ -327,10 +411,12 @@ class _Training:
             f"epoch {position.epoch + 1}, best validation loss {position.best_loss:.4g}",
         )
         if position.step % max(n_steps // 10, 1) == 0:
-            step = self._global_step()
-            self.tensorboard.add_scalar("train/loss", (position.loss + losses.item()) / position.step, step)
-            self.tensorboard.add_scalar("train/gradient_norm", norm.item(), step)
-            self.tensorboard.add_scalar("train/learning_rate", self.optimizer.param_groups[0]["lr"], step)
+            scalars = {
+                "train/loss": (position.loss + self.losses.item()) / position.step,
+                "train/gradient_norm": norm.item(),
+                "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            }
+            self.board.add(self._global_step(), scalars)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -339,16 +425,21 @@ class _Training:
         position, group = self.position, self.group
         model = self._validated()
         model.eval()
-        sums: dict[str, Tensor] = {}
         halo = model.reach if self.config.halo is None else self.config.halo
-        batches = self.data.validation_batches(group, self.config.tile, halo, model.alignment)
-        for n, batch in enumerate(batches):
-            with self._autocast():
-                new, fields = model.evaluate(to_device(batch, group.device))
-            sums = {name: sums[name] + value if sums else value for name, value in new.items()}
-            if n == 0 and group.is_main:
-                self._show(fields)
-        shares = [share for share in group.gather({k: v.cpu() for k, v in sums.items()}) if share]
+        for batch in self.data.validation_batches(
+            group, self.config.tile, halo, model.alignment, position.validated
+        ):
+            if batch is not None:
+                with self._autocast():
+                    new, fields = model.evaluate(to_device(batch, group.device))
+                sums = self.sums
+                self.sums = {name: sums[name] + value if sums else value for name, value in new.items()}
+                if position.validated == 0 and group.is_main:
+                    self._show(fields)
+            position.validated += group.world_size
+            stop, save, _ = self._vote()
+            self._heed(stop, save)
+        shares = [share for share in group.gather(_on_cpu(self.sums)) if share]
         total = {name: torch.stack([share[name] for share in shares]).sum(0) for name in shares[0]}
         model.calibrate(total)
         metrics = model.summarize(total)
@@ -358,7 +449,7 @@ class _Training:
                 "optimizer.learning_rate, set clip_norm, or try precision: fp32"
             )
         samples = position.step * self.config.batch_size
-        return {
+        row = {
             "epoch": position.epoch,
             "seconds": position.seconds + time.perf_counter() - began,
             "train_loss": position.loss / position.step,
@@ -368,14 +459,20 @@ class _Training:
             "data_wait_fraction": position.waited / position.seconds,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
+        if group.device.type == "cuda":
+            row["device_wait_fraction"] = position.waited_for_device / position.seconds
+            row["peak_gpu_memory"] = max(group.gather(self.device.peak_memory() / 1e9))
+        return row
 
     def _show(self, fields: Mapping[str, Tensor]) -> None:
         """Central planes of the predictions as images."""
-        for name, field in fields.items():
-            if field.ndim == 5:
-                plane = field[0, :1, field.shape[2] // 2].float().cpu()
-                image = plane / plane.max().clamp(min=1e-12)
-                self.tensorboard.add_image(f"validation/{name}", image, self._global_step())
+        planes = {
+            f"validation/{name}": field[0, :1, field.shape[2] // 2].float().cpu()
+            for name, field in fields.items()
+            if field.ndim == 5
+        }
+        images = {name: plane / plane.max().clamp(min=1e-12) for name, plane in planes.items()}
+        self.board.add(self._global_step(), images=images)
 
     def _validated(self) -> Objective:
         if self.average is None:
@@ -387,12 +484,18 @@ class _Training:
         self.history.append(row)
         if not self.group.is_main:
             return
-        durable.write_text(self.out / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
-        for name, value in row.items():
-            if name not in ("epoch", "train_loss", "learning_rate"):
-                self.tensorboard.add_scalar(f"epoch/{name}", value, self._global_step())
-        self.tensorboard.flush()
+        with _unless_full(f"the row of epoch {row['epoch']:.0f} in {HISTORY}", self.out):
+            self._write_history()
+        curves = {
+            f"epoch/{name}": value
+            for name, value in row.items()
+            if name not in ("epoch", "train_loss", "learning_rate")
+        }
+        self.board.add(self._global_step(), curves)
         log.info("%s", ", ".join(f"{name} {value:.5g}" for name, value in row.items()))
+
+    def _write_history(self) -> None:
+        durable.write_text(self.out / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _stalled(self) -> bool:
         patience = self.config.early_stopping
@@ -401,79 +504,183 @@ class _Training:
     def _global_step(self) -> int:
         return self.position.epoch * self.sampler.steps + self.position.step
 
-    def _next_batches(self) -> Iterator[Any]:
-        """Batches from the position on; workers begin to make them."""
+    def _start_batches(self) -> None:
+        """Let workers begin to make batches from the position on."""
         epoch, step = self.position.epoch, self.position.step
-        if step == self.sampler.steps:  # saved after an epoch's last step, before its validation
+        if step == self.sampler.steps:  # the epoch's last step is done, its validation is not
             epoch, step = epoch + 1, 0
-        self.sampler.start_at(epoch, step)
-        return self._batches()
+        self.batches.start_at(epoch, step)
 
-    def _save_best(self) -> None:
-        if self.group.is_main:
-            self.checkpoints.write(_best(self.position), {"weights": self._validated().state_dict()})
-
-    def _save(self) -> None:
-        """Write a checkpoint to resume from."""
-        random_states = self.group.gather(_random_state())
+    def _save(self, must: bool = False) -> None:
+        """Write a checkpoint to resume from; unless it ``must`` succeed, a full disk is a warning."""
+        self._add_losses()
+        ranks = self.group.gather({"random": _random_state(), "sums": _on_cpu(self.sums)})
         if self.group.is_main:
             weights = {"weights": self.objective.state_dict()}
             state: dict[str, Any] = {
                 "position": asdict(self.position),
                 "optimizer": self.optimizer.state_dict(),
-                "random": random_states,
+                "ranks": ranks,
+                "history": self.history,
             }
             if self.average is not None:
                 weights["ema"] = self.average.module.state_dict()
                 state["averaged"] = int(self.average.n_averaged)
-            needs = (_best(self.position),) if self.position.best_epoch >= 0 else ()
-            self.checkpoints.write(f"step-{self._global_step():08d}", weights, state, needs)
-            self.checkpoints.prune()
+            if self.best:
+                weights["best"] = self.best
+            try:
+                self.checkpoints.write(self._global_step(), weights, state)
+            except durable.NotEnoughSpace as error:
+                if must:
+                    raise self._lost(error) from error
+                log.warning("%s. Training goes on; the next checkpoint is tried when it is due", error)
         self.saved_at = time.monotonic()
+
+    def _lost(self, error: durable.NotEnoughSpace) -> CheckpointError:
+        newest = self.checkpoints.latest()
+        return CheckpointError(
+            f"{error}. Make room there and run the same command again: training then goes on from "
+            + (
+                f"the last whole checkpoint, {newest} of {self._global_step()} steps"
+                if newest
+                else "its start"
+            )
+        )
 
     def _restore(self, name: str, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(self.checkpoints.weights(name, "ema"))
             self.average.n_averaged.fill_(state["averaged"])
-        if len(state["random"]) == self.group.world_size:
-            _set_random_state(state["random"][self.group.rank])
-        elif self.group.is_main:
-            log.warning(
-                "%d ranks continue what %d ranks began: random numbers drawn by the model will differ",
-                self.group.world_size,
-                len(state["random"]),
-            )
+        group, ranks = self.group, state["ranks"]
+        if group.is_main:  # copies: what was loaded are maps of the file, which will be removed
+            self.best = {key: value.clone() for key, value in self.checkpoints.weights(name, "best").items()}
+        sums = [rank["sums"] for rank in ranks]
+        if len(ranks) == group.world_size:
+            _set_random_state(ranks[group.rank]["random"])
+        else:
+            done = [share for share in sums if share]
+            total = {key: torch.stack([share[key] for share in done]).sum(0) for key in (done or [{}])[0]}
+            sums = [total] + [{}] * (group.world_size - 1)
+            if group.is_main:
+                log.warning(
+                    "%d ranks continue what %d ranks began: random numbers drawn by the model will differ",
+                    group.world_size,
+                    len(ranks),
+                )
+        self.sums = {key: value.to(group.device) for key, value in sums[group.rank].items()}
         log.info("continues from %s", name)
 
-    def _read_history(self) -> list[dict[str, float]]:
-        """Rows of the epochs that are done; those of epochs that will be done again are left out."""
-        path = self.out / HISTORY
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
-        return [row for row in rows if row["epoch"] < self.position.epoch]
-
     def _finish(self) -> None:
-        if not self.group.is_main:
-            return
         best = self.history[self.position.best_epoch]
-        weights = self.checkpoints.weights(_best(self.position))
-        save_model(self.out / "model", self._validated(), weights, {"epoch": best["epoch"], "metrics": best})
+        facts = {"epoch": best["epoch"], "metrics": best}
+        save_model(self.out / "model", self._validated(), self.best, facts)
         rows = [
             metric_row(name, "validation", value)
             for name, value in best.items()
-            if name not in ("epoch", "seconds", "learning_rate", "samples_per_second", "data_wait_fraction")
+            if name not in ("epoch", "seconds", "learning_rate", *_SPEEDS)
         ]
         steady = self.history[1:] or self.history  # workers start in the first epoch
-        for name, unit in (("samples_per_second", "1/s"), ("data_wait_fraction", "")):
-            rows.append(metric_row(name, "train", float(np.mean([row[name] for row in steady])), unit=unit))
-        save_metrics(self.out, rows)
-        self.tensorboard.close()
+        for name, unit in _SPEEDS.items():
+            if name in best:
+                rows.append(
+                    metric_row(name, "train", float(np.mean([row[name] for row in steady])), unit=unit)
+                )
+        with durable.room_for("the results", self.out):
+            self._write_history()
+            save_metrics(self.out, rows)
+        self.board.close()
         self.data.cache.remove()
 
 
-def _best(position: Position) -> str:
-    return f"best-{position.best_epoch:06d}"
+class _DeviceClock:
+    """Keeps the host at most one step ahead of a GPU, and knows how long it waited for that; of a CPU, which
+    nobody waits for, it knows nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._before: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        """An epoch begins."""
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def wait(self) -> float:
+        """Wait for the step before the one that was just queued; seconds that it took."""
+        if self._device is None:
+            return 0.0
+        began = time.perf_counter()
+        queued = torch.cuda.Event()
+        queued.record(torch.cuda.current_stream(self._device))
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = queued
+        return time.perf_counter() - began
+
+    def peak_memory(self) -> int:
+        """Most memory of the GPU that tensors took at a time since the epoch began [bytes]."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+
+class _Board:
+    """TensorBoard's files, on the rank that writes them. A disk that is full ends them, not the training."""
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        """Whatever the files hold of ``step`` and later ones will be done again."""
+        self._folder = folder
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with self._while_there_is_room():
+                self._writer = SummaryWriter(str(folder), purge_step=step)
+
+    def add(
+        self,
+        step: int,
+        scalars: Mapping[str, float] | None = None,
+        images: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add points of curves and images ``(1, y, x)``."""
+        if self._writer is None:
+            return
+        with self._while_there_is_room():
+            for name, value in (scalars or {}).items():
+                self._writer.add_scalar(name, value, step)
+            for name, image in (images or {}).items():
+                self._writer.add_image(name, image, step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Nothing more is added."""
+        if self._writer is not None:
+            with self._while_there_is_room():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _while_there_is_room(self) -> Iterator[None]:
+        assert self._folder is not None
+        done = False
+        with _unless_full("further curves", self._folder):
+            yield
+            done = True
+        if not done:
+            self._writer = None
+
+
+@contextlib.contextmanager
+def _unless_full(what: str, folder: Path) -> Iterator[None]:
+    """Inside, a full disk is a warning: ``what`` can be done without, or is written again later."""
+    try:
+        with durable.room_for(what, folder):
+            yield
+    except durable.NotEnoughSpace as error:
+        log.warning("%s. Training goes on", error)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def _optimizer(
