@@ -2,7 +2,7 @@
 SHELL := bash
 GALDIST := .venv/bin/galdist
 
-.PHONY: run test setup lint slow docs benchmarks clean
+.PHONY: run test setup lint slow slurm-test docs benchmarks clean
 
 run: setup  ## set up, then run the quickstart
 	$(GALDIST) run quickstart
@@ -12,6 +12,9 @@ test: setup lint  ## set up, then test
 
 slow: setup  ## the tests that take minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
+slurm-test: setup  ## the tests that need Slurm, with a real one on this machine while they run
+	OMP_NUM_THREADS=1 slurm/dev/with .venv/bin/python -m pytest -m "slow or not slow" tests/slurm
 
 setup:  ## build .venv (nothing to do when it is up to date)
 	@./install.sh .venv
