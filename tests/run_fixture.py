@@ -20,6 +20,33 @@ from hpc import durable
 
 BOX_SIZE, N_MESH = 25.0, 32
 BOXES = {"MockA_CV_0": "train", "MockA_CV_1": "test", "MockB_CV_1": "test"}
+_ASKED = {"ranks": 4, "nodes": 2, "min_nodes": 1, "cpus": 2, "gpus": 2, "memory": 8 << 30, "time": 7200}
+_USED = {"elapsed": 3600.0, "cpu_seconds": 14400.0, "max_rss": 4 << 30, "cpus": 8, "memory_asked": 16 << 30}
+_WORKERS = {"elapsed": 7000.0, "cpu_seconds": 6300.0, "max_rss": 3 << 30, "cpus": 4, "memory_asked": 8 << 30}
+RESOURCES: dict[str, dict[str, Any]] = {
+    "classifier": {
+        "asked": {"launcher": "slurm", **_ASKED},
+        "job": {"id": "4711", "nodes": ["n1", "n2"], "restarts": 2},
+        "usage": _USED | {"time_limit": 7200.0, "gpus": 4, "gpu_utilization": 83.4, "workers": None},
+        "attempts": [
+            {"started": "2026-03-01T11:00:00+00:00", "job": "4700", "error": "rank 1: was killed\nits log"}
+        ],
+    },
+    "grids-a": {
+        "asked": {"launcher": "slurm", "ranks": 2, "nodes": 2, "cpus": 1, "memory": None, "time": None},
+        "job": {"id": "4712", "nodes": ["n3"], "restarts": 0},
+        "usage": {"elapsed": 60.0, "cpu_seconds": 30.0, "cpus": 1, "gpus": 0, "workers": _WORKERS},
+        "attempts": [],
+    },
+    "hod": {
+        "asked": {"launcher": "local", "ranks": 1, "nodes": None, "cpus": None, "memory": None, "time": None},
+        "job": {"id": "pid 99", "nodes": ["node01"], "restarts": 0},
+        "usage": {"elapsed": 20.0, "cpu_seconds": 30.0},
+        "attempts": [],
+    },
+}
+"""What a cluster, or this machine, tells of some steps; older runs tell nothing."""
+
 HAS_SPECTRA = find_spec("nbodykit") is not None
 
 STAGES = {
@@ -92,6 +119,15 @@ def write_run(path: Path, name: str = "tiny", description: str = "A tiny run.") 
     )
     _occupation(path / "hod", rng)
     _history(path / "classifier", classifier=True)
+    save_metrics(
+        path / "classifier",
+        [
+            metric_row("samples_per_second", "train", 61.8, unit="1/s"),
+            metric_row("data_wait_fraction", "train", 0.034),
+            metric_row("device_wait_fraction", "train", 0.81),
+            metric_row("peak_gpu_memory", "train", 3.21, unit="GB"),
+        ],
+    )
     _history(path / "regressor", classifier=False)
     if HAS_SPECTRA:
         measure_spectra(path, ["r2unet", "hod"])
@@ -167,6 +203,7 @@ def _state(folder: Path, stage: str, number: int) -> None:
             "inputs": {},
             "external": {},
             "seed": 1,
+            "run_seed": 11,
             "versions": {"numpy": np.__version__, "galdist": "0.1.0"},
             "git_commit": "a" * 40,
             "host": "node01",
@@ -179,6 +216,7 @@ def _state(folder: Path, stage: str, number: int) -> None:
             "error": None,
             "runtime": "serial",
             "platform": "Linux x86_64, Python 3.11",
+            **RESOURCES.get(folder.name, {}),
         },
     )
     durable.write_json(folder / "done.json", {"bytes": 1000})

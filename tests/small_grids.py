@@ -1,19 +1,23 @@
 """Small grid stores whose galaxies follow the matter, and ranks that train on them."""
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import pytest
 
 from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store
-from hpc import durable
+from hpc import durable, progress
 
 SPLITS = ("train", "train", "validation", "test")
 
@@ -58,8 +62,42 @@ def free_port() -> int:
         return port
 
 
+@contextmanager
+def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """``folder`` as a disk of its own; the test is skipped where none can be mounted."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "galdist-test", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(
+            f"a disk that is full takes mounting a small one, which fails here: {mounted.stderr.strip()}"
+        )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def filled(disk: Path) -> Iterator[None]:
+    """Inside, the disk has no room for anything."""
+    ballast = disk / "ballast"
+    with open(ballast, "wb", buffering=0) as stream:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while stream.write(bytes(size)):
+                    pass
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
 _RANK = """
-import importlib, logging, sys
+import importlib, logging, os, sys
 from pathlib import Path
 from hpc import durable
 logging.basicConfig(level=logging.INFO)
@@ -68,7 +106,10 @@ for module in sys.argv[2:]:
     importlib.import_module(module)
 from {module} import {function} as stage, {config} as Config
 inputs = {{role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}}
-stage(Config(**spec["config"]), inputs, Path(spec["out"]))
+try:
+    stage(Config(**spec["config"]), inputs, Path(spec["out"]))
+except SystemExit as stop:
+    os._exit(stop.code)  # at once, as under a launcher
 """
 
 
@@ -94,7 +135,8 @@ class Ranks:
         )
         port = free_port()
         self.log = out.parent / f"{out.name}-log.txt"
-        self.processes = []
+        self.progress = out.parent / f"{out.name}-progress.json"
+        self.processes: list[subprocess.Popen[bytes]] = []
         for rank in range(n_ranks):
             environment = os.environ | {
                 "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
@@ -104,6 +146,7 @@ class Ranks:
                 "WORLD_SIZE": str(n_ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                progress.VARIABLE: str(self.progress),
             }
             with open(self.log, "ab") as log:
                 self.processes.append(
@@ -112,6 +155,7 @@ class Ranks:
                         env=environment,
                         stdout=log,
                         stderr=log,
+                        process_group=self.processes[0].pid if self.processes else 0,
                     )
                 )
 
@@ -119,8 +163,8 @@ class Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
+        with suppress(ProcessLookupError):
+            self.signal_all(signal.SIGKILL)
         for process in self.processes:
             process.wait()
 
@@ -132,13 +176,26 @@ class Ranks:
         """Wait for all ranks to end well."""
         assert self.wait() == [0] * len(self.processes), self.log.read_text()
 
+    def when(self, condition: Callable[[], Any]) -> None:
+        """Wait for ``condition``, which must come while all ranks run."""
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert all(process.poll() is None for process in self.processes), self.log.read_text()
+            time.sleep(0.002)
+
     def signal_when(
         self, path: Path, pattern: str, number: int, signum: signal.Signals, rank: int = 0
     ) -> None:
         """Send a signal to a rank as soon as ``number`` files match."""
-        deadline = time.monotonic() + 120
-        while len(list(path.glob(pattern))) < number:
-            assert time.monotonic() < deadline, self.log.read_text()
-            assert self.processes[rank].poll() is None, self.log.read_text()
-            time.sleep(0.002)
+        self.when(lambda: len(list(path.glob(pattern))) >= number)
         self.processes[rank].send_signal(signum)
+
+    def has_workers(self) -> bool:
+        """Whether the first rank's data workers have begun to start."""
+        children = psutil.Process(self.processes[0].pid).children()
+        return any("spawn_main" in " ".join(child.cmdline()) for child in children)
+
+    def signal_all(self, signum: signal.Signals) -> None:
+        """Send a signal to every process at once, those of the ranks' own too, as a scheduler does."""
+        os.killpg(self.processes[0].pid, signum)

@@ -12,7 +12,7 @@ SPECTRAL = {"galdist/simulations/cola.py", "galdist/statistics/spectra.py"}
 
 DOORS = {
     "torch.distributed": {"hpc/ddp.py"},
-    "submitit": {"hpc/launch.py"},
+    "submitit": {"hpc/slurm.py"},
     "dask_jobqueue": {"hpc/cluster.py"},
     **{
         f"{package}.{kind}": {"hpc/cluster.py"}

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_grids import filled, small_disk
 
 from galdist.models.r2unet import R2UNetClassifier, R2UNetClassifierConfig
 from galdist.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
+from hpc import durable
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "constant": torch.tensor(2.0)}
 STATE = {
@@ -24,25 +26,28 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 def test_what_is_written_is_read(checkpoints: Checkpoints) -> None:
     strided = torch.randn(2, 3, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d)
-    checkpoints.write("step-00000001", {"weights": WEIGHTS, "ema": {"a": strided, "same": strided}}, STATE)
+    checkpoints.write(1, {"weights": WEIGHTS, "ema": {"a": strided, "same": strided}}, STATE)
     assert checkpoints.latest() == "step-00000001"
     loaded = checkpoints.weights("step-00000001")
     assert all(torch.equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS)
     assert torch.equal(checkpoints.weights("step-00000001", "ema")["a"], strided)
+    assert checkpoints.weights("step-00000001", "best") == {}
     assert checkpoints.state("step-00000001") == STATE
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.pt", "manifest.json"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "removed"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "removed"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     checkpoints: Checkpoints, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
-        checkpoints.write(f"step-0000000{step}", {"weights": WEIGHTS}, STATE)
+        checkpoints.write(step, {"weights": WEIGHTS}, STATE)
     path = checkpoints.folder / "step-00000002" / file
     data = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(data[:-10])
+    elif damage == "emptied":
+        path.write_bytes(b"")
     elif damage == "flipped":
         data[len(data) // 2] ^= 0x10
         path.write_bytes(data)
@@ -52,29 +57,44 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert "step-00000002 cannot be used" in caplog.text
 
 
-def test_an_unfinished_checkpoint_does_not_count(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints.write("step-00000001", {"weights": WEIGHTS}, STATE)
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        checkpoints = Checkpoints(disk / "checkpoints")
+        small, large = {"weights": WEIGHTS}, {"weights": {"a": torch.zeros(150_000)}}
+        checkpoints.write(1, small, STATE)
+        with pytest.raises(
+            durable.NotEnoughSpace,
+            match=rf"no room for checkpoint step-00000002 \(1\.2 MB\) in {disk}/checkpoints: No space left "
+            r"on device, \d\.\d MB are free there",
+        ):
+            checkpoints.write(2, large | {"ema": large["weights"]}, STATE)
+        assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
+        checkpoints.write(2, large, STATE)
+        with filled(disk), pytest.raises(durable.NotEnoughSpace):
+            checkpoints.write(2, large, {**STATE, "history": []})  # in the place of the first one
+        assert checkpoints.latest() == "step-00000002"
+        assert torch.equal(checkpoints.weights("step-00000002")["a"], large["weights"]["a"])
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        checkpoints.write("step-00000002", {"weights": WEIGHTS}, STATE)
+def test_an_unfinished_checkpoint_does_not_count(checkpoints: Checkpoints) -> None:
+    checkpoints.write(1, {"weights": WEIGHTS}, STATE)
+    killed = checkpoints.folder / ".step-00000002.0123abcd"
+    killed.mkdir()
+    (killed / "weights.safetensors").write_bytes(b"half")
     assert checkpoints.latest() == "step-00000001"
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
 
 
-def test_needed_checkpoints_are_checked_and_kept(checkpoints: Checkpoints) -> None:
-    for epoch in range(5):
-        checkpoints.write(f"best-00000{epoch}", {"weights": WEIGHTS})
-        checkpoints.write(f"step-0000000{epoch}", {"weights": WEIGHTS}, STATE, needs=(f"best-00000{epoch}",))
-        checkpoints.prune()
-    kept = {"best-000003", "best-000004", "step-00000003", "step-00000004"}
-    assert {path.name for path in checkpoints.folder.iterdir()} == kept
-    (checkpoints.folder / "best-000004" / "weights.safetensors").write_bytes(b"")
-    assert checkpoints.latest() == "step-00000003"
+@pytest.mark.parametrize("kept", [2, 3])
+def test_the_newest_are_kept(tmp_path: Path, kept: int) -> None:
+    checkpoints = Checkpoints(tmp_path, kept)
+    for step in range(5):
+        checkpoints.write(step, {"weights": WEIGHTS}, STATE)
+    checkpoints.write(4, {"weights": WEIGHTS}, {"again": True})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-0000000{step}" for step in range(5 - kept, 5)
+    ]
+    assert checkpoints.state("step-00000004") == {"again": True}
 
 
 def test_no_checkpoint_is_no_checkpoint(checkpoints: Checkpoints) -> None:
@@ -82,7 +102,7 @@ def test_no_checkpoint_is_no_checkpoint(checkpoints: Checkpoints) -> None:
 
 
 def test_code_in_a_state_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    checkpoints.write("step-00000001", {"weights": WEIGHTS}, STATE)
+    checkpoints.write(1, {"weights": WEIGHTS}, STATE)
 
     class Harm:
         def __reduce__(self) -> tuple:
@@ -113,6 +133,15 @@ def test_a_model_comes_back_with_its_constants(tmp_path: Path, model: R2UNetClas
     assert described["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_a_model_that_does_not_fit_is_told_of(tmp_path: Path, model: R2UNetClassifier) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        save_model(disk / "model", model, model.state_dict(), {"epoch": 1})
+        with filled(disk), pytest.raises(durable.NotEnoughSpace, match=f"the trained model in {disk}/model"):
+            save_model(disk / "model", model, model.state_dict(), {"epoch": 2})
+        assert "epoch: 1\n" in (disk / "model" / "model.yaml").read_text()
+        load_model(disk)
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path, model: R2UNetClassifier) -> None:
     save_model(tmp_path / "model", model, model.state_dict(), {})
     with torch.no_grad():
@@ -123,3 +152,16 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model: R2UNetClass
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="no trained model here"):
         load_model(tmp_path / "nowhere")
+
+
+def test_an_error_of_the_file_server_is_not_the_checkpoints(checkpoints: Checkpoints) -> None:
+    checkpoints.write(1, {"weights": WEIGHTS}, STATE)
+    manifest = checkpoints.folder / "step-00000001" / "manifest.json"
+    kept = manifest.read_bytes()
+    manifest.unlink()
+    manifest.symlink_to(manifest)  # too many levels of symbolic links: an OSError that is no missing file
+    with pytest.raises(OSError, match="Too many levels"):
+        checkpoints.latest()
+    manifest.unlink()
+    manifest.write_bytes(kept)
+    assert checkpoints.latest() == "step-00000001"

@@ -86,6 +86,13 @@ class TestGrowth:
 
 @needs_nbodykit
 class TestInitialConditions:
+    def test_class_has_the_cosmology_asked_for(self):
+        found = cola.class_cosmology(cola.Cosmology(Omega_m=0.31, Omega_b=0.05, h=0.68, n_s=0.95))
+        assert (found.h, found.n_s, found.Omega0_b) == pytest.approx((0.68, 0.95, 0.05))
+        assert found.Omega0_m == pytest.approx(0.31, rel=1e-6)
+        assert found.Omega0_k == pytest.approx(0, abs=1e-9)
+        assert found.Omega0_ncdm_tot == 0
+
     def test_linear_power_has_its_sigma_8(self):
         power = cola.linear_power(cola.Cosmology(sigma_8=0.77))
 
@@ -246,7 +253,7 @@ def power_of(particles, box_size, edges, n_mesh=256):
 def test_matter_power_of_linear_theory_and_halofit():
     """P(k) of a fixed pair in 256 Mpc/h: within 5% of linear to 0.1 h/Mpc, within 10% of HALOFIT to 0.5."""
     from nbodykit.algorithms.fftpower import FFTPower
-    from nbodykit.cosmology import Cosmology, HalofitPower
+    from nbodykit.cosmology import HalofitPower
     from nbodykit.source.mesh import LinearMesh
 
     box, cosmology = 256.0, cola.Cosmology()
@@ -273,15 +280,8 @@ def test_matter_power_of_linear_theory_and_halofit():
     binned = (
         FFTPower(mesh, mode="1d", dk=edges[1] - edges[0], kmin=edges[0], kmax=edges[-1]).power["power"].real
     )
-    class_cosmology = Cosmology(
-        h=cosmology.h,
-        Omega0_b=cosmology.Omega_b,
-        Omega0_cdm=cosmology.Omega_m - cosmology.Omega_b,
-        n_s=cosmology.n_s,
-        m_ncdm=None,
-        N_ur=3.046,
-    ).match(sigma8=cosmology.sigma_8)
-    halofit = binned * HalofitPower(class_cosmology, 0.0)(k) / linear(k)
+    matched = cola.class_cosmology(cosmology).match(sigma8=cosmology.sigma_8)
+    halofit = binned * HalofitPower(matched, 0.0)(k) / linear(k)
     print("k, P/linear, P/HALOFIT:")
     print(np.stack([k, power / binned, power / halofit], axis=1)[k < 0.5].round(4))
     assert np.abs(power / binned - 1)[k < 0.1].max() < 0.05

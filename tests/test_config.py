@@ -1,6 +1,7 @@
 """Run files: every mistake is found before work starts, and told so that it can be mended."""
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -383,3 +384,202 @@ def test_memory(text: str | int, n_bytes: int) -> None:
 @pytest.mark.parametrize(("name", "end"), [("CV_00", "; did you mean 'CV_0'?"), ("matter", "."), ("", ".")])
 def test_the_nearest_name_or_a_full_stop(name: str, end: str) -> None:
     assert did_you_mean(name, ["CV_0", "LH_77"]) == end
+
+
+# Sweeps
+
+
+SWEPT = """\
+name: study
+seed: 9
+steps:
+  - name: grids
+    stage: pieces
+  - name: classifier
+    stage: pieces
+    inputs: {before: grids}
+    sweep: {seed: [1, 2], n_pieces: [2, 3]}
+    at_once: 2
+  - name: regressor
+    stage: one
+    inputs: {source: classifier, more: grids}
+    sweep: classifier
+  - name: predict
+    stage: one
+    inputs: {source: regressor, more: classifier}
+    sweep: regressor
+  - name: report
+    stage: many
+    inputs: {sources: "*"}
+"""
+SUFFIXES = [f"-seed{seed}-n_pieces{number}" for seed in (1, 2) for number in (2, 3)]
+
+
+def test_a_sweep_makes_a_step_of_each_value(tmp_path: Path) -> None:
+    run = load(write(tmp_path, SWEPT), (), STAGES)
+    swept = [f"{name}{suffix}" for name in ("classifier", "regressor", "predict") for suffix in SUFFIXES]
+    assert run.order == ("grids", *swept, "report")
+    assert run.steps["report"].inputs == {"sources": ("grids", *swept)}, "a reader without a sweep reads all"
+    for seed in (1, 2):
+        for number in (2, 3):
+            suffix = f"-seed{seed}-n_pieces{number}"
+            assert run.steps[f"classifier{suffix}"].inputs == {"before": ("grids",)}
+            assert run.configs[f"classifier{suffix}"].model_dump() == {
+                "seed": seed,
+                "n_pieces": number,
+                "seconds": 0.0,
+            }
+            own = {"source": (f"regressor{suffix}",), "more": (f"classifier{suffix}",)}
+            assert run.steps[f"predict{suffix}"].inputs == own, "each reads its own members, and no other"
+            assert run.configs[f"predict{suffix}"].model_dump()["seed"] == seed, (
+                "a sweep over the seed is one"
+            )
+            assert run.configs[f"predict{suffix}"].model_dump()["n_pieces"] == 4, (
+                "other keys are not handed on"
+            )
+    assert run.configs["report"].model_dump()["seed"] == 9
+    assert list(run.sweeps) == ["classifier", "regressor", "predict"]
+    assert run.sweeps["regressor"].members == tuple(f"regressor{suffix}" for suffix in SUFFIXES)
+    assert [sweep.at_once for sweep in run.sweeps.values()] == [2, None, None]
+
+
+def test_the_resolved_file_has_the_members_as_plain_steps(tmp_path: Path) -> None:
+    run = load(write(tmp_path, SWEPT), (), STAGES)
+    again = load(write(tmp_path, run.to_yaml()), (), STAGES)
+    assert again.configs == run.configs
+    assert again.order == run.order
+    assert {name: step.inputs for name, step in again.steps.items()} == {
+        name: step.inputs for name, step in run.steps.items()
+    }
+    assert again.sweeps == {}
+
+
+def test_values_for_a_swept_step_are_for_all_members(tmp_path: Path) -> None:
+    sets = ("classifier.seconds=2", "classifier.sweep.seed=[7]", "regressor.seed=3", "classifier.at_once=5")
+    run = load(write(tmp_path, SWEPT), sets, STAGES)
+    members = run.sweeps["classifier"].members
+    assert members == ("classifier-seed7-n_pieces2", "classifier-seed7-n_pieces3")
+    assert {run.configs[name].model_dump()["seconds"] for name in members} == {2.0}
+    followers = run.sweeps["regressor"].members
+    assert {run.configs[name].model_dump()["seed"] for name in followers} == {3}, "its own seed comes first"
+    assert run.sweeps["classifier"].at_once == 5
+
+
+def test_one_member_can_be_read(tmp_path: Path) -> None:
+    sets = ("report.inputs.sources=[classifier-seed1-n_pieces2]",)
+    run = load(write(tmp_path, SWEPT), sets, STAGES)
+    assert run.steps["report"].inputs == {"sources": ("classifier-seed1-n_pieces2",)}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "names"),
+    [
+        ("{seed: [1]}", ["a-seed1"]),
+        ("{a.rate: [1e-3, 3e-4], b.x: [true]}", ["a-rate0_001-xtrue", "a-rate0_0003-xtrue"]),
+        ("{a.x: [1], b.x: [BF16]}", ["a-a_x1-b_xbf16"]),
+        ("{channels: [[8, 16], [16, 32]]}", ["a-channels8-16", "a-channels16-32"]),
+    ],
+)
+def test_names_of_members(sweep: str, names: list[str]) -> None:
+    step = config.Step.model_validate(
+        {"name": "a", "stage": "x", "sweep": yaml.safe_load(sweep.replace("e-", ".0e-"))}
+    )
+    assert isinstance(step.sweep, dict)
+    assert [f"a{member.suffix}" for member in config._product(step.sweep)] == names
+
+
+def test_the_sweep_in_the_docs(tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "run-files.md"
+    example = page.read_text().partition("## Sweeps")[2].partition("```yaml\n")[2].partition("```")[0]
+    steps = [{"name": "universe", "stage": "simulate", "config": {"suite": "MockA", "simulations": 8}}]
+    grids = {"name": "grids", "stage": "ingest", "inputs": {"simulations": "universe"}}
+    steps += [{**grids, "config": {"n_mesh": 64, "split": {"test": ["CV_7"]}}}]
+    head = yaml.safe_dump({"name": "x", "seed": 9, "steps": steps})
+    run = load(write(tmp_path, head + textwrap.dedent(example)))
+    for seed in (1, 2, 3):
+        assert run.steps[f"regressor-seed{seed}"].inputs["models"] == (f"classifier-seed{seed}",)
+        assert run.configs[f"regressor-seed{seed}"].model_dump()["seed"] == seed
+        assert run.steps[f"predictions-seed{seed}"].inputs["model"] == (f"regressor-seed{seed}",)
+    assert len(run.steps["spectra"].inputs["predictions"]) == 3
+    assert len(run.order) == 2 + 9 + 2
+
+
+def test_a_key_inside_a_key() -> None:
+    """The other values of the configuration stay as they are."""
+    run = load("quickstart", ("classifier.sweep={optimizer.betas: [[0.9, 0.99], [0.8, 0.9]], seed: [1]}",))
+    name = "classifier-betas0_8-0_9-seed1"
+    assert run.sweeps["classifier"].members == ("classifier-betas0_9-0_99-seed1", name)
+    plain = load("quickstart").configs["classifier"].model_dump()
+    plain["optimizer"]["betas"] = (0.8, 0.9)
+    assert run.configs[name].model_dump() == {**plain, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("classifier.sweep.sed=[1]", "line 9: steps.classifier.sweep.sed: unknown key; did you mean seed?"),
+        (
+            "classifier.sweep.seed=[]",
+            "steps.classifier.sweep: seed: expected a list of one or more values, got []",
+        ),
+        (
+            "classifier.sweep.seed=3",
+            "steps.classifier.sweep: seed: expected a list of one or more values, got 3",
+        ),
+        ("classifier.sweep={}", "steps.classifier.sweep: expected KEY: [values], such as {seed: [1, 2, 3]}"),
+        ("classifier.sweep=[1]", "or the name of a swept step, got [1]"),
+        (
+            "classifier.sweep.seed=[1, one]",
+            "line 9: steps.classifier.sweep.seed: expected a valid integer, unable to parse string as an "
+            "integer, got 'one'",
+        ),
+        (
+            "classifier.sweep={n_pieces.x: [1]}",
+            "line 9: steps.classifier.sweep.n_pieces.x: expected a valid integer, got {'x': 1}",
+        ),
+        ("classifier.sweep={seed: [{a: 1}]}", "seed: a swept value is a number, a word or a list of them"),
+        (
+            "classifier.sweep={seed: [1, 1]}",
+            "steps.classifier.sweep: makes a second step called classifier-seed1",
+        ),
+        (
+            "classifier.n_pieces=3",
+            "steps.classifier.sweep.n_pieces: is set in config too: leave it out of one",
+        ),
+        ("classifier.at_once=0", "steps.classifier.at_once: expected greater than or equal to 1, got 0"),
+        ("grids.at_once=2", "steps.grids.at_once: is for steps with a sweep, and here is none"),
+        (
+            "regressor.sweep=grids",
+            "steps.regressor.sweep: grids is not swept: give it `sweep: {KEY: [values]}`",
+        ),
+        (
+            "regressor.sweep=clasifier",
+            "steps.regressor.sweep: there is no step 'clasifier'; did you mean classifier?",
+        ),
+        ("regressor.sweep=predict", "no keys are swept: regressor follows predict follows regressor"),
+        (
+            "regressor.sweep=null",
+            "steps.regressor.inputs.source: takes one step, got 4; with `sweep: classifier` this step is "
+            "done for each member of classifier",
+        ),
+        ("classifier-seed1-n_pieces2.seed=1", "there is no step 'classifier-seed1-n_pieces2'"),
+        ("report.name=classifier-seed1-n_pieces2", "two steps are called classifier-seed1-n_pieces2"),
+        (
+            "classifier.name=" + "a" * 90,
+            f"makes a step called {'a' * 90}-seed1-n_pieces2: 100 letters at most",
+        ),
+        (
+            f"classifier.sweep={{seed: {list(range(10_001))}}}",
+            "steps.classifier.sweep: makes 10001 steps of one, 10000 at most",
+        ),
+    ],
+)
+def test_wrong_sweeps(override: str, said: str, tmp_path: Path) -> None:
+    assert said in "\n".join(errors(tmp_path, SWEPT, override))
+
+
+def test_a_wrong_sweep_is_one_mistake(tmp_path: Path) -> None:
+    """Steps that follow it, or read it, are not blamed; nor is what all members share said of each."""
+    for override in ("classifier.sweep.seed=[]", "classifier.sweep.sed=[1]", "classifier.config.sed=1"):
+        (line,) = errors(tmp_path, SWEPT, override)
+        assert "steps.classifier." in line

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_grids import make_grids
+from small_grids import filled, make_grids, small_disk
 
 from galdist.data.datasets import (
     Box,
@@ -189,34 +189,83 @@ def test_cache_bound_sets_the_window(grids: Path, tmp_path: Path) -> None:
 def test_validation_batches_cover_the_boxes_whatever_the_ranks(grids: Path, tmp_path: Path) -> None:
     data = GridData(CropsConfig(crop=8), [grids], ("matter_counts",), tmp_path)
     total = data.validation[0].open().read("matter_counts").sum()
-    for world_size in (1, 3):
-        found = 0.0
-        for rank in range(world_size):
-            for batch in data.validation_batches(ddp.Group(rank, world_size, rank, ALONE.device), 8, 2, 2):
-                assert batch["halo"] == 2
-                found += batch["matter_counts"][..., 2:-2, 2:-2, 2:-2].sum().item()
-        assert found == total
+
+    def tiles_of(world_size: int, done: int) -> list[list[float | None]]:
+        """Interior sums by rank."""
+        found: list[list[float | None]] = [[] for _ in range(world_size)]
+        for rank, sums in enumerate(found):
+            group = ddp.Group(rank, world_size, rank, ALONE.device)
+            for batch in data.validation_batches(group, 8, 2, 2, done):
+                assert batch is None or batch["halo"] == 2
+                interior = (..., *[slice(2, -2)] * 3)
+                sums.append(None if batch is None else batch["matter_counts"][interior].sum().item())
+        return found
+
+    alone = tiles_of(1, 0)[0]
+    assert len(alone) == 8
+    assert sum(value or 0 for value in alone) == total
+    for world_size, done in ((3, 0), (3, 2), (2, 7), (4, 8)):
+        found = tiles_of(world_size, done)
+        assert len({len(sums) for sums in found}) == 1  # as many rounds on every rank
+        rounds = [value for row in zip(*found, strict=True) for value in row]
+        assert rounds[: 8 - done] == alone[done:]
+        assert set(rounds[8 - done :]) <= {None}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loader_gives_batches_in_order(grids: Path, tmp_path: Path, workers: int) -> None:
+def test_batches_come_in_order(grids: Path, tmp_path: Path, workers: int) -> None:
     config = CropsConfig(crop=8, margin=1, crops_per_box=4, workers=workers)
     data = GridData(config, [grids], ("matter_counts", "galaxy_counts"), tmp_path / "cache")
-    order = data.sampler(ALONE, 4, 1, seed=2)
-    loader = data.loader(order, seed=2, pin_memory=False)
+    order = data.sampler(ALONE, 4, 2, seed=2)
+    batches = data.batches(order, seed=2, pin_memory=False)
     random_state = torch.get_rng_state()
-    for epoch in (0, 1):
-        order.start_at(epoch, 0)
+    for epoch, first in ((0, 0), (1, 1)):
+        order.start_at(epoch, first)
         expected = [[data_of(data, index) for index in batch] for batch in order]
-        order.start_at(epoch, 0)
-        batches = list(loader)
-        assert len(batches) == len(expected) == 2
-        for batch, samples in zip(batches, expected, strict=True):
-            assert (batch["halo"], batch["periodic"]) == (1, False)
-            assert np.array_equal(batch["matter_counts"].numpy(), np.stack(samples))
-    assert torch.equal(
-        torch.get_rng_state(), random_state
-    )  # what a model draws does not depend on the loader
+        batches.start_at(epoch, first)
+        for step in range(2 - first):
+            while not batches.wait(0.01):
+                continue
+            parts = batches.take()
+            assert len(parts) == 2
+            for batch, samples in zip(parts, expected[2 * step : 2 * step + 2], strict=True):
+                assert (batch["halo"], batch["periodic"]) == (1, False)
+                assert np.array_equal(batch["matter_counts"].numpy(), np.stack(samples))
+    # what a model draws does not depend on who makes its batches
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_batch_that_fails_says_so(grids: Path, tmp_path: Path) -> None:
+    data = GridData(CropsConfig(crop=8, workers=0), [grids], ["matter_counts"], tmp_path / "cache")
+    batches = data.batches(data.sampler(ALONE, 4, 1, seed=2), seed=2, pin_memory=False)
+    batches.start_at(0, 0)
+    with small_disk(tmp_path / "cache" / "disk", 1 << 16) as disk, filled(disk):
+        data.cache.folder = disk / "host"
+        while not batches.wait(1):
+            continue
+        with pytest.raises(
+            durable.NotEnoughSpace, match=r"no room for box box_\d, decoded \(data\.cache_gib"
+        ):
+            batches.take()
+
+
+def test_ranks_may_change_within_an_epoch() -> None:
+    """4 ranks, then 2, then 1: every sample of the epoch once, in the step it has on one rank."""
+
+    def steps(world_size: int, first: int, last: int) -> list[set[int]]:
+        found: list[set[int]] = [set() for _ in range(last - first)]
+        for rank in range(world_size):
+            sampler = CropSampler(6, 8, 2, 8, 2, rank, world_size, seed=3)
+            sampler.start_at(1, first)
+            for part, indices in enumerate(sampler):
+                if part // 2 < last - first:
+                    before = len(found[part // 2])
+                    found[part // 2] |= {index.sample for index in indices}
+                    assert len(found[part // 2]) == before + len(indices)
+        return found
+
+    assert steps(4, 0, 2) + steps(2, 2, 5) + steps(1, 5, 6) == steps(1, 0, 6)
+    assert set.union(*steps(1, 0, 6)) == set(range(48))
 
 
 def data_of(data: GridData, index: CropIndex) -> np.ndarray:

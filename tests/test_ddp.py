@@ -1,18 +1,53 @@
 """The process group, alone and with real ranks; requests to stop."""
 
+import datetime
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from small_grids import free_port
 from torch import nn
 
 from hpc import ddp
+
+
+@contextmanager
+def ranks(code: str, n_ranks: int, **variables: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that run ``code`` as the ranks of a group; none is left afterwards."""
+    base = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    base |= {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=base | {"RANK": str(rank)} | variables,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(n_ranks)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def succeed(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_one_process_is_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,26 +107,149 @@ with ddp.group() as group:
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_ranks_reduce_and_average_gradients_on_loopback(n_ranks: int) -> None:
-    port = str(free_port())
-    base = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANKS],
-            env=base
-            | {"RANK": str(r), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(n_ranks)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    with ranks(_RANKS, n_ranks) as processes:
+        succeed(processes)
+
+
+_LEAVE = """
+import os
+import torch
+from torch import nn
+from hpc import ddp
+
+def work(group):
+    wrapped = group.wrap(nn.Linear(3, 1))
+    wrapped(torch.ones(1, 3)).sum().backward()
+    if os.environ["LEAVE"] == "stopped":
+        raise ddp.Stopped(15)
+
+try:
+    with ddp.group() as group:
+        work(group)
+except ddp.Stopped:
+    pass
+threads = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+assert not [name for name in threads if "gloo" in name or "store" in name], threads
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+@pytest.mark.parametrize("leave", ["done", "stopped"])
+def test_no_thread_outlives_the_group(leave: str) -> None:
+    """One that does may let go of a tensor while the interpreter ends, which aborts the process."""
+    with ranks(_LEAVE, 2, LEAVE=leave) as processes:
+        succeed(processes)
+
+
+_HANG = """
+import os, signal
+import torch
+from torch import nn
+from hpc import ddp
+with ddp.group() as group:
+    wrapped = group.wrap(nn.Linear(3, 1))
+    steps = {{
+        "vote": lambda: group.any(False),
+        "sum": lambda: group.sum({{"loss": torch.ones(1)}}),
+        "gradients": lambda: wrapped(torch.ones(1, 3)).sum().backward(),
+    }}
+    for _ in range(3):
+        steps["{step}"]()
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.{signal})
+    for _ in range(3):
+        steps["{step}"]()
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "signum", "message"),
+    [
+        ("vote", "SIGSTOP", r"rank \d of 3 gave up a vote after \d\.\d s: Timed out waiting 3000ms"),
+        ("gradients", "SIGSTOP", r"rank \d of 3 gave up averaging gradients: Timed out waiting 3000ms"),
+        ("sum", "SIGKILL", r"rank \d of 3 gave up summing 'loss' after 0\.\d s: "),
+    ],
+)
+def test_a_rank_that_hangs_or_dies_is_told_of(step: str, signum: str, message: str) -> None:
+    code = _HANG.format(step=step, signal=signum)
+    with ranks(code, 3, HPC_TIMEOUT="3") as processes:
+        victim = psutil.Process(processes[1].pid)
+        gone = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+        while victim.status() not in gone:
+            time.sleep(0.01)
+        began = time.monotonic()
+        errors = [processes[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+        assert time.monotonic() - began < 10
+    said = [text.strip().splitlines()[-1] for text in errors]
+    assert all("LostRank: rank" in line and "waiting for 3 s (HPC_TIMEOUT)" in line for line in said), said
+    assert any(re.search(message, line) for line in said), said  # the other one may see it leave
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Variables of the network that a group chooses; unset, and as before afterwards."""
+    names = (
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",
+    )
+    for name in names:
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    return names
+
+
+_MEET = "from hpc import ddp\nwith ddp.group(): pass"
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    with ranks(_MEET, 2, HPC_TIMEOUT="2") as processes:
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=60)
+    assert re.search(r"LostRank: rank 0 of 2 gave up meeting the others at 127\.0\.0\.1:\d+ after \d", errors)
+
+
+def test_ranks_meet_at_any_address_of_rank_0() -> None:
+    with ranks(
+        _RANKS.replace('"127.0.0.1", "::1"', '"127.0.0.1", "127.0.0.2"'), 2, MASTER_ADDR="127.0.0.2"
+    ) as found:
+        succeed(found)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"MASTER_ADDR": "192.0.2.1"}, "MASTER_ADDR"),  # of documentation, so of nobody
+        ({"HPC_TIMEOUT": "soon"}, "HPC_TIMEOUT is 'soon', not the seconds"),
+    ],
+)
+def test_what_the_launcher_got_wrong_is_said(
+    variables: dict[str, str], message: str, network: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in (given | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message), ddp.group():
+        pass
+
+
+def test_network_follows_the_master_unless_the_launcher_chose(
+    network: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    assert ddp._interface("localhost") == (loopback, True)
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if address.family is socket.AF_INET and not address.address.startswith("127."):
+                assert ddp._interface(address.address) == (name, False)
+    timeout = datetime.timedelta(seconds=90)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    ddp._choose_network(timeout)
+    assert [os.environ[name] for name in network] == [loopback, loopback, "3", "90"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    ddp._choose_network(timeout)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 def test_an_incomplete_launch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +284,3 @@ def test_threads_have_no_signals_and_are_never_asked() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("node7", False)]
-)
-def test_loopback_is_recognized(address: str, expected: bool) -> None:
-    assert ddp._is_loopback(address) is expected

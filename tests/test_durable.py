@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -55,11 +57,17 @@ def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
         "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     final = tmp_path / "deep" / "weights"
-    subprocess.run([sys.executable, "-c", code, str(final)], check=False)
+    dead = subprocess.Popen([sys.executable, "-c", code, str(final)])
+    dead.wait()
+    host = socket.gethostname().partition(".")[0]
     assert len(list(final.parent.iterdir())) == 1, "half a file is there"
-    others = [tmp_path / ".notes.tmp", tmp_path / "x.1.tmp", tmp_path / f".live.{os.getpid()}.tmp"]
+    others = [tmp_path / ".notes.tmp", tmp_path / "x.1.tmp", tmp_path / f".live.{host}-{os.getpid()}.tmp"]
+    others.append(tmp_path / f".new.elsewhere-{dead.pid}.tmp")
     for other in others:
         other.touch()
+    old = tmp_path / ".old.elsewhere-1.tmp"  # there this pid may be anybody's
+    old.touch()
+    os.utime(old, (0, time.time() - 4000))
     durable.sweep(tmp_path)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
 

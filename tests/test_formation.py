@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galdist.simulations import formation
-from galdist.simulations.halos import Halos, Members, concatenate, take
+from galdist.simulations.halos import Halos, Members
 
 FIDUCIAL = dict.fromkeys(formation.FEEDBACK, 1.0)
 H = 0.6711
@@ -121,7 +121,7 @@ class TestGalaxies:
     def test_satellites_ride_on_particles_of_their_halo(self):
         halos, members = make_halos(300)
         galaxies = populate(halos, members)
-        satellites = take(galaxies, ~galaxies.is_central)
+        satellites = galaxies.take(~galaxies.is_central)
         assert len(satellites) > 50
         for halo, position, velocity in zip(
             satellites.halo, satellites.position, satellites.velocity, strict=True
@@ -151,9 +151,9 @@ class TestGalaxies:
             part = Members(
                 offset, *(getattr(members, name)[particles] for name in ("ids", "position", "velocity"))
             )
-            parts.append(formation.populate(take(halos, rows), part, trends, **options))
-        joined = concatenate(parts)
-        joined = take(joined, np.argsort(joined.halo, kind="stable"))
+            parts.append(formation.populate(halos.take(rows), part, trends, **options))
+        joined = formation.Galaxies.concatenate(parts)
+        joined = joined.take(np.argsort(joined.halo, kind="stable"))
         for name in formation.Galaxies.__dataclass_fields__:
             assert (getattr(joined, name) == getattr(whole, name)).all(), name
 

@@ -257,6 +257,22 @@ def test_killed_ingest_continues_with_what_is_missing(
     assert durable.read_json(out / "progress.json")["done"] > 0
 
 
+def test_what_was_scattered_and_cut_off_is_not_painted(
+    tree: tuple[Path, dict[str, Truth]], tmp_path: Path
+) -> None:
+    chosen, out = config(tree[0]), tmp_path / "out"
+    process = start(chosen, out, 1)
+    (mark, *_) = wait_for_marks(out, process, "*/particles.*.json", 1)
+    kill_tree(process)
+    scattered = mark.with_suffix(".bin")
+    scattered.write_bytes(scattered.read_bytes()[:-1000])
+    process = start(chosen, out, 1)
+    assert process.wait(timeout=120) == 1
+    shutil.rmtree(out / ".ingest")  # as the message says
+    process = start(chosen, out, 1)
+    assert process.wait(timeout=120) == 0
+
+
 def test_killed_worker_does_not_change_the_result(
     one_worker: GridStore, tree: tuple[Path, dict[str, Truth]], tmp_path: Path
 ) -> None:

@@ -176,6 +176,31 @@ def test_stop(victim: Session, undisturbed: str) -> None:
     finishes(victim, undisturbed)
 
 
+@pytest.mark.parametrize("victim", ["pieces"], indirect=True)
+def test_the_terminal_is_lost(victim: Session, undisturbed: str) -> None:
+    assert victim.process is not None
+    token = victim.spec("victim")["token"]
+    victim.process.send_signal(signal.SIGHUP)
+    status, text = victim.finish(20)
+    assert status == 129
+    assert "galdist: stopped in victim" in text
+    assert victim.processes(token) == []
+    finishes(victim, undisturbed)
+
+
+def test_nohup(tmp_path: Path, undisturbed: str) -> None:
+    """It goes on without its terminal when told so."""
+    session = small(tmp_path / "run", "pieces", 0.2)
+    session.command = ["nohup", *session.command]
+    session.start()
+    until(lambda: (session.out / "victim" / "piece-1.txt").exists(), 60, session)
+    assert session.process is not None
+    session.process.send_signal(signal.SIGHUP)
+    status, text = session.finish(60)
+    assert status == 0, text
+    assert (session.out / "after" / "result.txt").read_text() == undisturbed
+
+
 @pytest.mark.parametrize("victim", ["ddp", "mpi"], indirect=True)
 @pytest.mark.parametrize("number", [0, 1])
 def test_kill_a_rank(victim: Session, number: int, undisturbed: str) -> None:

@@ -2,19 +2,22 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from hpc import durable, launch, rank
+from hpc import durable, launch, rank, ranks
 from hpc.launch import Outcome
 from hpc.resources import Resources
 from hpc.site import Site
+from hpc.strict import SettingsError
 
 HERE = "test_launch"
 
@@ -52,6 +55,13 @@ def allocate_below(megabytes: int) -> None:
         f"import time; b = bytearray({megabytes * 10**6}); b[::4096] = b'x' * len(b[::4096]); time.sleep(3)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def fill(out: str) -> None:
+    """Leave no room on a disk, not for one more file."""
+    with open(Path(out) / "all", "ab", buffering=0) as stream:
+        while True:
+            stream.write(b"x" * 4096)
 
 
 def sleep_with_children(n: int = 2) -> None:
@@ -100,6 +110,18 @@ def mpi_fail(dead: int) -> None:
 # Helpers.
 
 
+def submit(
+    function: str,
+    arguments: dict[str, Any],
+    folder: Path,
+    runtime: launch.Runtime = "serial",
+    resources: Resources | None = None,
+    site: Site | None = None,
+) -> launch.Job:
+    task = launch.Task(f"{HERE}:{function}", arguments, folder, runtime, resources or Resources())
+    return launch.submit(task, site)
+
+
 def wait(job: launch.Job, timeout: float = 60) -> Outcome:
     deadline = time.monotonic() + timeout
     while (outcome := job.poll()) is None:
@@ -140,8 +162,8 @@ def until(condition: Any, timeout: float = 10) -> bool:
 
 @pytest.mark.parametrize("runtime", ["serial", "dask"])
 def test_one_process_that_knows_how_many_workers(runtime: launch.Runtime, tmp_path: Path) -> None:
-    job = launch.submit(
-        f"{HERE}:write_environment",
+    job = submit(
+        "write_environment",
         {"out": str(tmp_path)},
         tmp_path,
         runtime,
@@ -155,8 +177,8 @@ def test_one_process_that_knows_how_many_workers(runtime: launch.Runtime, tmp_pa
 
 
 def test_ddp_ranks(tmp_path: Path) -> None:
-    job = launch.submit(
-        f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", Resources(ranks=3), Site(cpus=6)
+    job = submit(
+        "write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", Resources(ranks=3), Site(cpus=6)
     )
     assert wait(job).describe() == "done"
     seen = [durable.read_json(tmp_path / f"seen-{number}.json") for number in range(3)]
@@ -169,9 +191,7 @@ def test_ddp_ranks(tmp_path: Path) -> None:
 
 def test_cores_of_a_rank_are_its_threads(tmp_path: Path) -> None:
     resources = Resources(ranks=2, cpus=3)
-    job = launch.submit(
-        f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", resources, Site(cpus=64)
-    )
+    job = submit("write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", resources, Site(cpus=64))
     wait(job)
     assert durable.read_json(tmp_path / "seen-1.json")["OMP_NUM_THREADS"] == "3"
 
@@ -179,9 +199,7 @@ def test_cores_of_a_rank_are_its_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_mpi_ranks(n: int, tmp_path: Path) -> None:
     pytest.importorskip("mpi4py")
-    job = launch.submit(
-        f"{HERE}:write_world", {"out": str(tmp_path)}, tmp_path, "mpi", Resources(ranks=n), Site(cpus=4)
-    )
+    job = submit("write_world", {"out": str(tmp_path)}, tmp_path, "mpi", Resources(ranks=n), Site(cpus=4))
     assert wait(job).describe() == "done"
     for number in range(n):
         size, total, listening = durable.read_json(tmp_path / f"world-{number}.json")
@@ -191,26 +209,24 @@ def test_mpi_ranks(n: int, tmp_path: Path) -> None:
 
 def test_debug_runs_in_this_process(tmp_path: Path) -> None:
     before = dict(os.environ)
-    job = launch.submit(
-        f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", site=Site(launcher="debug")
-    )
+    job = submit("write_environment", {"out": str(tmp_path)}, tmp_path, "ddp", site=Site(launcher="debug"))
     assert job.poll() == Outcome(hosts=(rank.identity()["host"],))
     assert durable.read_json(tmp_path / "seen-0.json")["HPC_WORLD_SIZE"] == "1"
     assert dict(os.environ) == before
     with pytest.raises(ValueError, match="PartType1"):
-        launch.submit(f"{HERE}:fail", {"how": "raise", "on": 0}, tmp_path, site=Site(launcher="debug"))
+        submit("fail", {"how": "raise", "on": 0}, tmp_path, site=Site(launcher="debug"))
 
 
 def test_environment_of_the_site(tmp_path: Path) -> None:
     site = Site(environment={"OMP_NUM_THREADS": "11"})
-    wait(launch.submit(f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path, site=site))
+    wait(submit("write_environment", {"out": str(tmp_path)}, tmp_path, site=site))
     assert durable.read_json(tmp_path / "seen-0.json")["OMP_NUM_THREADS"] == "11"
 
 
 def test_peak_memory_of_every_process(tmp_path: Path) -> None:
-    outcome = wait(launch.submit(f"{HERE}:allocate", {"megabytes": 200}, tmp_path / "own"))
+    outcome = wait(submit("allocate", {"megabytes": 200}, tmp_path / "own"))
     assert 200e6 < outcome.peak_memory["rank 0"] < 300e6
-    outcome = wait(launch.submit(f"{HERE}:allocate_below", {"megabytes": 200}, tmp_path / "below"))
+    outcome = wait(submit("allocate_below", {"megabytes": 200}, tmp_path / "below"))
     assert outcome.peak_memory["rank 0"] < 100e6
     assert 200e6 < outcome.peak_memory["rank 0 process 1"] < 300e6
 
@@ -234,9 +250,7 @@ def fail(how: str, on: int) -> None:
     ],
 )
 def test_a_rank_that_fails_ends_the_others_and_is_named(how: str, said: str, tmp_path: Path) -> None:
-    job = launch.submit(
-        f"{HERE}:fail", {"how": how, "on": 1}, tmp_path, "ddp", Resources(ranks=2), Site(cpus=2)
-    )
+    job = submit("fail", {"how": how, "on": 1}, tmp_path, "ddp", Resources(ranks=2), Site(cpus=2))
     started = time.monotonic()
     outcome = wait(job)
     assert time.monotonic() - started < 15, "the other rank would sleep for a minute"
@@ -246,8 +260,52 @@ def test_a_rank_that_fails_ends_the_others_and_is_named(how: str, said: str, tmp
     assert of_job(token(tmp_path)) == []
 
 
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group whose processes have 150 MB together."""
+    memory = Path("/sys/fs/cgroup/memory")  # version 1
+    group = (memory if memory.exists() else Path("/sys/fs/cgroup")) / f"galdist-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = group / ("memory.limit_in_bytes" if memory.exists() else "memory.max")
+        limit.write_text("150000000")
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        yield group
+    finally:
+        until(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def test_a_rank_that_the_system_kills_for_its_memory(small_group: Path, tmp_path: Path) -> None:
+    code = f"from pathlib import Path; Path({str(small_group / 'cgroup.procs')!r}).write_text('0')\n"
+    code += ORCHESTRATOR.format(
+        path=sys.path,
+        function=f"{HERE}:allocate",
+        arguments={"megabytes": 500},
+        folder=str(tmp_path),
+        runtime="serial",
+    ).replace("    job.poll()", "    if outcome := job.poll(): sys.exit(outcome.describe())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "was killed by the system when the job's memory ran out; ask for more" in done.stderr
+
+
+def test_a_report_on_a_full_disk(tmp_path: Path) -> None:
+    """What became of a rank is told all the same."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        outcome = wait(submit("fill", {"out": str(disk)}, disk / "step"))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert str(outcome.failures[0]) == "OSError: [Errno 28] No space left on device"
+
+
 def test_one_rank_has_no_number(tmp_path: Path) -> None:
-    outcome = wait(launch.submit(f"{HERE}:fail", {"how": "raise", "on": 0}, tmp_path))
+    outcome = wait(submit("fail", {"how": "raise", "on": 0}, tmp_path))
     assert str(outcome.failures[0]).startswith("ValueError: snapshot.hdf5")
     assert "hpc/rank.py" not in outcome.describe(), "the traceback begins with the job's own code"
 
@@ -256,9 +314,7 @@ def test_one_rank_has_no_number(tmp_path: Path) -> None:
 def test_a_killed_mpi_rank_ends_the_others(which: str, tmp_path: Path) -> None:
     """Whichever of a rank's two processes it hits."""
     pytest.importorskip("mpi4py")
-    job = launch.submit(
-        f"{HERE}:mpi_wait", {"out": str(tmp_path), "dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site()
-    )
+    job = submit("mpi_wait", {"out": str(tmp_path), "dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site())
     ranks = reports(tmp_path, 2)
     time.sleep(0.5)
     os.kill(ranks[1][which], signal.SIGKILL)
@@ -274,7 +330,7 @@ def test_a_killed_mpi_rank_ends_the_others(which: str, tmp_path: Path) -> None:
 
 def test_an_mpi_rank_that_raises_is_named(tmp_path: Path) -> None:
     pytest.importorskip("mpi4py")
-    job = launch.submit(f"{HERE}:mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site())
+    job = submit("mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site())
     assert str(wait(job).failures[0]) == "rank 1: ValueError: groups_090.hdf5: GroupPos is missing"
 
 
@@ -282,9 +338,7 @@ def test_a_launcher_that_starts_nothing(tmp_path: Path) -> None:
     broken = tmp_path / "mpirun"
     broken.write_text("#!/bin/sh\necho no slots available\nexit 4\n")
     broken.chmod(0o755)
-    job = launch.submit(
-        f"{HERE}:mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site(mpirun=broken)
-    )
+    job = submit("mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site(mpirun=broken))
     outcome = wait(job)
     assert str(outcome.failures[0]) == "mpirun: ended with exit code 4 before it started the ranks"
     assert "| no slots available" in outcome.describe()
@@ -296,9 +350,7 @@ def test_ranks_that_do_not_know_their_number(tmp_path: Path) -> None:
     foreign = tmp_path / "mpirun"
     foreign.write_text('#!/bin/sh\nshift 2\n"$@" & "$@"; wait $!\n')
     foreign.chmod(0o755)
-    job = launch.submit(
-        f"{HERE}:mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site(mpirun=foreign)
-    )
+    job = submit("mpi_fail", {"dead": 1}, tmp_path, "mpi", Resources(ranks=2), Site(mpirun=foreign))
     outcome = wait(job)
     assert "unknown kind of MPI" in outcome.describe()
 
@@ -308,7 +360,7 @@ def test_ranks_that_do_not_know_their_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", ["serial", "mpi"])
 def test_cancel_ends_every_process(runtime: launch.Runtime, tmp_path: Path) -> None:
-    job = launch.submit(f"{HERE}:sleep_with_children", {}, tmp_path, runtime, Resources(ranks=2), Site())
+    job = submit("sleep_with_children", {}, tmp_path, runtime, Resources(ranks=2), Site())
     n_ranks = 1 if runtime == "serial" else 2
     assert until(lambda: len(of_job(token(tmp_path))) >= n_ranks * 4)
     job.cancel()
@@ -316,9 +368,7 @@ def test_cancel_ends_every_process(runtime: launch.Runtime, tmp_path: Path) -> N
 
 
 def test_cancel_lets_ranks_save(tmp_path: Path) -> None:
-    job = launch.submit(
-        f"{HERE}:save_at_the_end", {"out": str(tmp_path)}, tmp_path, "ddp", Resources(ranks=2)
-    )
+    job = submit("save_at_the_end", {"out": str(tmp_path)}, tmp_path, "ddp", Resources(ranks=2))
     reports(tmp_path, 2)
     time.sleep(1)
     job.cancel()
@@ -326,7 +376,7 @@ def test_cancel_lets_ranks_save(tmp_path: Path) -> None:
 
 
 def test_cancel_kills_what_does_not_listen(tmp_path: Path) -> None:
-    job = launch.submit(f"{HERE}:ignore_signals", {}, tmp_path)
+    job = submit("ignore_signals", {}, tmp_path)
     reports(tmp_path, 1)
     time.sleep(0.5)
     job.cancel(grace=0.5)
@@ -339,7 +389,8 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 from hpc import launch
 from hpc.resources import Resources
-job = launch.submit({function!r}, {arguments!r}, Path({folder!r}), {runtime!r}, Resources(ranks=2))
+task = launch.Task({function!r}, {arguments!r}, Path({folder!r}), {runtime!r}, Resources(ranks=2))
+job = launch.submit(task)
 while True:
     job.poll()
     time.sleep(0.05)
@@ -386,14 +437,27 @@ def test_leftovers_are_ended_before_a_new_job(tmp_path: Path) -> None:
     orchestrator.wait()
     old = token(tmp_path)
     assert of_job(old)
-    wait(launch.submit(f"{HERE}:write_environment", {"out": str(tmp_path)}, tmp_path))
+    wait(submit("write_environment", {"out": str(tmp_path)}, tmp_path))
     assert of_job(old) == []
 
 
 def test_ports_are_free_and_below_the_ephemeral_range() -> None:
-    import socket
-
-    port = launch.free_port()
+    port = ranks.free_port()
     assert 20000 <= port < 32000
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
+
+
+def test_a_process_is_known_when_the_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = rank.identity()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: 0.0)  # it follows the clock
+    assert rank.is_alive(me)
+    assert not rank.is_alive(me | {"created": me["created"] + 1}), "another process with its number"
+
+
+def test_a_host_that_does_not_know_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    with pytest.raises(
+        SettingsError, match=r"no-such-host\.invalid does not know the address of its own name"
+    ):
+        ranks.address_of(None)

@@ -3,13 +3,14 @@
 import datetime
 import fcntl
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from small_stages import STAGES
 
 import galdist
 from galdist import config, pipeline, plan, provenance, status
-from galdist.pipeline import RunView
+from galdist.status import Forecast, RunView, State, StepView, estimate
 from hpc import durable, rank
 from hpc.site import Site
 from hpc.strict import SettingsError
@@ -130,7 +131,8 @@ def test_a_partial_result_continues(tmp_path: Path, run: Callable[..., list[str]
     record = {**durable.read_json(folder / "provenance.json"), "finished": None}
     durable.write_json(folder / "provenance.json", record)
     kept = (folder / "piece-0.txt").stat()
-    (folder / f".result.txt.{2**22 + 1}.tmp").write_text("half of it")  # no process has this number
+    killed = f"{socket.gethostname().partition('.')[0]}-{2**22 + 1}"  # no process has this number
+    (folder / f".result.txt.{killed}.tmp").write_text("half of it")
     assert plans(tmp_path, study())["a"] == "continues"
     assert run(study(a={"n_pieces": 5})) == ["a", "b", "d"]
     assert plans(tmp_path, study())["a"] == "continues; moved back"
@@ -187,22 +189,82 @@ def test_from(run: Callable[..., list[str]], tmp_path: Path) -> None:
 
 def test_only(run: Callable[..., list[str]], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"b: reads a, which is not done \(new\)"):
-        run(study(), only="b")
-    assert run(study(), only="a") == ["a"]
-    assert run(study(), only="b") == ["b"]
-    assert run(study(), only="b") == []
-    assert run(study(), only="b", start_from="b") == ["b"]
+        run(study(), only=["b"])
+    assert run(study(), only=["a"]) == ["a"]
+    assert run(study(), only=["b"]) == ["b"]
+    assert run(study(), only=["b"]) == []
+    assert run(study(), only=["b"], start_from="b") == ["b"]
     with pytest.raises(SettingsError, match=r"--only: there is no step 'e'"):
-        run(study(), only="e")
+        run(study(), only=["e"])
+
+
+def test_only_several(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    """One of them may read another that is to run, not one that is left out."""
+    assert run(study(), only=["b", "a"]) == ["a", "b"]
+    run(study())
+    changed = study(a={"n_pieces": 3})
+    assert plans(tmp_path, changed, only=["a", "b"]) == {
+        "a": "config changed: n_pieces: 2 -> 3",
+        "b": "input a changed",
+        "c": "",
+        "d": "",
+    }
+    with pytest.raises(SettingsError) as caught:
+        plans(tmp_path, changed, only=["b", "d"])
+    assert str(caught.value) == "run study: b: reads a, which is not done (config changed: n_pieces: 2 -> 3)"
+    with pytest.raises(SettingsError, match=r"run study: d: reads b, which is not done \(input a changed\)"):
+        plans(tmp_path, changed, only=["d", "c"])
+    assert run(changed, only=["a", "b"]) == ["a", "b"]
+    assert run(study(), only=["b"]) == [], "moved back, with what it reads"
+    assert plans(tmp_path, study()) == dict.fromkeys("abcd", "")
+
+
+def swept() -> dict[str, Any]:
+    steps = [
+        {"name": "a", "stage": "pieces", "config": {"n_pieces": 2}},
+        {"name": "b", "stage": "pieces", "inputs": {"before": "a"}, "sweep": {"seed": [1, 2]}, "at_once": 1},
+        {"name": "c", "stage": "one", "inputs": {"source": "b"}, "sweep": "b"},
+        {"name": "d", "stage": "many", "inputs": {"sources": "*"}},
+    ]
+    return {"name": "swept", "seed": 1, "steps": steps}
+
+
+def test_a_sweep(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert run(swept()) == ["a", "b-seed1", "b-seed2", "c-seed1", "c-seed2", "d"]
+    assert result(tmp_path, "c-seed1") != result(tmp_path, "c-seed2")
+    plain = swept()
+    plain["steps"][1:3] = [
+        {"name": f"{name}-seed{seed}", "stage": stage, "inputs": {role: reads}, "config": {"seed": seed}}
+        for seed in (1, 2)
+        for name, stage, role, reads in (
+            ("b", "pieces", "before", "a"),
+            ("c", "one", "source", f"b-seed{seed}"),
+        )
+    ]
+    more = swept()
+    more["steps"][1]["sweep"] = {"seed": [1, 2, 3]}
+    assert [name for name, why in plans(tmp_path, more).items() if why] == ["b-seed3", "c-seed3", "d"]
+    kept = {name for name, why in plans(tmp_path, plain).items() if not why}
+    assert kept >= {"a", "b-seed1", "b-seed2", "c-seed1", "c-seed2"}, "members are steps like any other"
+
+
+def test_a_swept_step_by_its_name(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert run(swept(), only=["a", "b"]) == ["a", "b-seed1", "b-seed2"]
+    assert run(swept(), only=["c-seed2"]) == ["c-seed2"]
+    run(swept())
+    assert run(swept(), start_from="c") == ["c-seed1", "c-seed2", "d"]
+    assert run(swept(), start_from="b-seed1") == ["b-seed1", "c-seed1", "d"]
+    with pytest.raises(SettingsError, match=r"--from: there is no step 'cc'; did you mean c\?"):
+        run(swept(), start_from="cc")
 
 
 def test_only_leaves_other_steps_alone(run: Callable[..., list[str]], tmp_path: Path) -> None:
     run(study())
     run(study(b={"n_pieces": 3}))
     changed = result(tmp_path, "d")
-    assert run(study(), only="c") == []
+    assert run(study(), only=["c"]) == []
     assert result(tmp_path, "d") == changed, "b and d are not moved back"
-    assert run(study(), only="b") == []
+    assert run(study(), only=["b"]) == []
 
 
 def test_an_error_of_the_caller_ends_the_job(tmp_path: Path) -> None:
@@ -295,10 +357,39 @@ def test_peak_memory_is_the_largest_of_all_attempts(run: Callable[..., list[str]
     assert record["peak_memory"]["rank 0"] > 10e6
     assert (record["finished"], record["error"]) == (None, None)
     durable.write_json(path, {**record, "peak_memory": {"rank 0": 1, "rank 0 process 1": 10**12}})
-    assert run(data, site=Site(), only="a") == ["a"]
+    assert run(data, site=Site(), only=["a"]) == ["a"]
     peaks = durable.read_json(path)["peak_memory"]
     assert peaks["rank 0"] > 10e6
     assert peaks["rank 0 process 1"] == 10**12
+
+
+def test_what_a_step_asked_for_and_used(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    data = study()
+    data["steps"][0]["resources"] = {"cpus": 1, "memory": "1 GB"}
+    run(data, site=Site(), only=["a"])
+    record = durable.read_json(tmp_path / "out" / "a" / "provenance.json")
+    asked = {key: value for key, value in record["asked"].items() if value is not None}
+    assert asked == {"launcher": "local", "ranks": 1, "cpus": 1, "memory": 2**30}
+    assert 0 < record["usage"]["cpu_seconds"] < 60
+    assert record["usage"]["elapsed"] == pytest.approx(record["seconds"], abs=2)
+    assert record["job"]["id"].startswith("pid ")
+    assert (record["running_since"], record["attempts"]) == (None, [])
+
+
+def test_attempts_are_on_record(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    data = study()
+    data["steps"][0]["stage"] = "fail"
+    data["steps"][0]["config"] = {}
+    for _ in range(2):
+        with pytest.raises(pipeline.StepFailed):
+            run(data, site=Site(), only=["a"])
+    record = durable.read_json(tmp_path / "out" / "a" / "provenance.json")
+    error = "ValueError: snapshot.hdf5: PartType1/Coordinates is missing"
+    assert record["error"] == error
+    (attempt,) = record["attempts"]
+    assert attempt["error"] == error
+    assert attempt["started"] < record["started"]
+    assert attempt["job"].startswith("pid ")
 
 
 def test_commit_of_the_source() -> None:
@@ -414,8 +505,8 @@ def test_the_lock_is_not_inherited(tmp_path: Path) -> None:
 def test_status_and_results(run: Callable[..., list[str]], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there is no run here"):
         status.steps_of(tmp_path / "out")
-    run(study(), only="a")
-    run(study(a={"n_pieces": 3}), only="c")
+    run(study(), only=["a"])
+    run(study(a={"n_pieces": 3}), only=["c"])
     states = {step.name: step for step in status.steps_of(tmp_path / "out")}
     assert {name: step.state for name, step in states.items()} == {
         "a": "stale",
@@ -444,6 +535,70 @@ def plan_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_run_seen_from_outside(tmp_path: Path) -> None:
+    """What another process sees while the run goes on, and when it has stopped."""
+    data = study(b={"seconds": 0.3, "n_pieces": 6})
+    seen: list[dict[str, StepView]] = []
+
+    def show(view: RunView) -> None:
+        if any(step.progress and step.progress.done >= 2 for step in view.steps if step.name == "b"):
+            outside = status.view(tmp_path / "out")
+            assert (outside.name, outside.folder) == ("study", tmp_path / "out")
+            seen.append({step.name: step for step in outside.steps})
+            raise KeyboardInterrupt
+
+    with pytest.raises(pipeline.Interrupted):
+        pipeline.execute(load(tmp_path, data), tmp_path / "out", Site(), show, stages=STAGES)
+    assert {name: step.state for name, step in seen[0].items()} == {
+        "a": "done",
+        "b": "running",
+        "c": "pending",
+        "d": "pending",
+    }
+    b = seen[0]["b"]
+    assert b.progress is not None
+    assert b.progress.total == 6
+    assert b.detail == "33% pieces"
+    assert b.seconds_left == pytest.approx(1.2, abs=0.8)
+    assert 0.3 < b.seconds < 10
+    assert b.job is not None
+    assert b.job.id.startswith("pid ")
+    stopped = {step.name: step for step in status.view(tmp_path / "out").steps}
+    assert (stopped["b"].state, stopped["b"].progress) == ("stopped", None)
+    with pytest.raises(SettingsError, match="there is no run here"):
+        status.view(tmp_path / "nowhere")
+
+
+def views(*steps: tuple[str, str, float]) -> list[StepView]:
+    return [StepView(name, "x", cast("State", state), seconds=seconds) for name, state, seconds in steps]
+
+
+def test_time_left_of_steps_that_run_at_the_same_time() -> None:
+    """The longest chain; with little room, the work shared out."""
+    forecasts = {
+        "a": Forecast((), None, 10.0),
+        "b": Forecast(("a",), None, 20.0),
+        "c": Forecast((), None, 25.0),
+        "d": Forecast(("b", "c"), None, 5.0),
+    }
+    steps = views(("a", "running", 4.0), ("b", "waiting", 0.0), ("c", "queued", 0.0), ("d", "waiting", 0.0))
+    assert estimate(steps, forecasts, None) == 6 + 20 + 5
+    assert estimate(steps, forecasts, 1) == 6 + 20 + 25 + 5
+    assert estimate(steps, forecasts, 10) == 6 + 20 + 5
+    assert [step.seconds_left for step in steps] == [6.0, None, None, None]
+    steps = views(("a", "done", 10.0), ("b", "running", 19.0), ("c", "running", 2.0), ("d", "waiting", 0.0))
+    assert estimate(steps, forecasts, None) == 23 + 5
+    forecasts["c"] = Forecast((), None, None)
+    assert estimate(steps, forecasts, None) is None, "nothing is known of one of them"
+    assert estimate(views(("a", "done", 10.0)), forecasts, None) is None, "nothing is left"
+
+
+def test_time_left_by_the_run_files_ratios() -> None:
+    forecasts = {"a": Forecast((), 10.0, None), "b": Forecast((), 30.0, None), "c": Forecast((), 5.0, 4.0)}
+    steps = views(("a", "done", 20.0), ("b", "running", 15.0), ("c", "waiting", 0.0))
+    assert estimate(steps, forecasts, 1) == pytest.approx(45 + 4), "half as fast as the run file says"
+
+
 def test_time_left(run: Callable[..., list[str]], tmp_path: Path) -> None:
     """From ratios in the run file at first, scaled by what this machine needs; later from measurements."""
     data = study(a={"seconds": 0.25}, b={"seconds": 0.25})
@@ -462,13 +617,14 @@ def test_time_left(run: Callable[..., list[str]], tmp_path: Path) -> None:
 
 
 def test_time_of_earlier_attempts_counts(tmp_path: Path) -> None:
-    now = datetime.datetime.now(datetime.UTC)
-    record = {"seconds": 0.0, "error": None, "started": now.isoformat()}
-    assert pipeline._seconds_so_far(tmp_path, record) == 0.0
-    entry = {"done": 1, "total": 2, "time": now.timestamp() + 40}
-    (tmp_path / "progress.json").write_text(json.dumps(entry))
-    assert pipeline._seconds_so_far(tmp_path, record) == pytest.approx(40, abs=0.1)
-    assert pipeline._seconds_so_far(tmp_path, {**record, "seconds": 12.0}) == 12.0
+    now = time.time()
+    killed = {"seconds": 0.0, "running_since": now}
+    assert provenance.seconds_so_far(tmp_path, killed) == 0.0
+    (tmp_path / "progress.json").write_text(json.dumps({"done": 1, "total": 2, "time": now + 40}))
+    assert provenance.seconds_so_far(tmp_path, killed) == pytest.approx(40, abs=0.1)
+    assert provenance.seconds_so_far(tmp_path, {**killed, "seconds": 12.0}) == pytest.approx(52, abs=0.1)
+    assert provenance.seconds_so_far(tmp_path, {"seconds": 12.0, "running_since": None}) == 12.0
+    assert provenance.seconds_so_far(tmp_path, {}) == 0.0
 
 
 def test_a_thousand_steps_are_planned_quickly(tmp_path: Path) -> None:

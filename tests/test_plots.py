@@ -55,7 +55,8 @@ def _scores(ax: Axes) -> None:
 
 def _throughput(ax: Axes) -> None:
     epoch = np.arange(1, 20)
-    plots.plot_throughput(ax, epoch, {"speed": 60 + 0 * epoch, "waiting": 0.02 + 0 * epoch})
+    waiting = {"waiting for data": 0.02 + 0 * epoch, "waiting for the GPU": 0.7 + 0 * epoch}
+    plots.plot_throughput(ax, epoch, {"samples/s": 60 + 0 * epoch, **waiting})
 
 
 def _slice(ax: Axes) -> None:

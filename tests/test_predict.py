@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_grids import CLASSIFIER, make_grids
+from small_grids import CLASSIFIER, filled, make_grids, small_disk
 
 from galdist.grids.store import open_store
 from galdist.statistics.metrics import load_metrics
@@ -118,6 +118,16 @@ def test_a_broken_off_prediction_goes_on(
     found, expected = fields(tmp_path / "cut"), fields(whole)
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
     assert load_metrics(tmp_path / "cut") == load_metrics(whole)
+
+
+def test_a_slab_that_does_not_fit_is_told_of(steps: dict[str, Path], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 4 << 20) as out:
+        run(steps, out)
+        (out / "parts" / "box_2-0000.json").unlink()
+        with filled(out), pytest.raises(durable.NotEnoughSpace, match="no room for slab 0 of box_2 in"):
+            run(steps, out)
+        run(steps, out)
+        assert len(load_metrics(out)) > 0
 
 
 def test_slabs_of_another_model_are_done_again(steps: dict[str, Path], tmp_path: Path) -> None:

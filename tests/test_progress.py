@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_grids import filled, small_disk
 
 from hpc import progress
 
@@ -64,7 +65,19 @@ def test_a_second_job_starts_from_zero(file: Path) -> None:
     assert found.first_done == 0
 
 
-def test_a_broken_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match=r"progress\.json is not a progress file"):
-        progress.read(tmp_path / "progress.json")
+def test_a_file_that_a_crash_of_the_machine_left_empty(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").touch()
+    assert progress.read(tmp_path / "progress.json") is None
+
+
+def test_a_full_disk_ends_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(progress.VARIABLE, "")
+    with small_disk(tmp_path / "disk", 1 << 16) as disk:
+        progress.start(disk / "progress.json")
+        progress.report(1, 3)
+        with filled(disk):
+            progress.report(2, 3, "nobody sees it")
+        progress.report(3, 3)
+        found = progress.read(disk / "progress.json")
+        assert found is not None
+        assert found.done == 3

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from run_fixture import HAS_SPECTRA, write_run
 
 from galdist.report.report import ReportConfig, report
@@ -95,7 +96,8 @@ def test_page_is_self_contained(page: str, run: Path) -> None:
 def test_sections_and_figures_of_everything_the_run_has(page: str, run: Path) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     spectra = ["Spectra"] if HAS_SPECTRA else []
-    assert headings == ["Summary", "Boxes", *spectra, "Halo occupation", "Training", "Results", "Provenance"]
+    tables = ["Results", "Resources", "Provenance"]
+    assert headings == ["Summary", "Boxes", *spectra, "Halo occupation", "Training", *tables]
     names = {"slices-1", "slices-2", "occupation-hod", "training-classifier", "training-regressor"}
     if HAS_SPECTRA:
         names |= {"spectra-1", "spectra-2"}  # one for each suite
@@ -122,15 +124,44 @@ def test_numbers_are_those_that_the_steps_saved(page: str, run: Path) -> None:
     assert "1.50 ± 0.25" in text
 
 
+def _table(page: str, caption: str) -> list[list[str]]:
+    """Cells of a table's rows, without their marks."""
+    body = re.split("<tbody>", page[page.index(f"<caption>{caption}") :])[1].split("</tbody>")[0]
+    cells = (re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row) for row in body.split("</tr>"))
+    return [[re.sub(r"<.*?>", "", cell).strip() for cell in row] for row in cells if row]
+
+
+def test_resources_asked_for_and_used(tmp_path: Path) -> None:
+    page = _report(write_run(tmp_path / "tiny"))
+    rows = {row[0]: row[1:] for row in _table(page, "Resources: asked for and used")}
+    speed = "61.8 samples/s, 3% waiting for data, 81% waiting for the GPU"
+    gpus = "4, 83% busy, 3.21 GB"
+    used = ["1:00:00 of 2:00:00", "4.3 GB of 17 GB", "4 of 8"]
+    assert rows["classifier"] == ["4711", "n1, n2", "4", *used, gpus, speed]
+    assert rows["grids-a"] == ["4712", "n3", "1", "1:00", "828 MB", "0.5 of 1", "–", "–"]
+    each = ["–", "–", "–", "58:20", "3.2 GB of 4.3 GB", "0.9 of 2", "–", "–"]
+    assert rows["each of its 2 workers"] == each
+    assert rows["hod"] == ["pid 99", "node01", "1", "0:20", "828 MB", "1.5", "–", "–"]
+    assert rows["r2unet"] == ["–", "–", "1", "0:41", "828 MB", "–", "–", "–"]  # of an older galdist
+    assert 'style="width: 25.0%"></span></span>4.3 GB of 17 GB' in page
+    assert "Attempts that did not end well (1)" in page
+    assert re.search(r"<td>2026-03-01 11:00:00 UTC</td><td>4700</td><td>rank 1: was killed</td>", page)
+    assert "<dt>Seed of the run</dt><dd>11</dd>" in page
+
+
 def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "tiny")
+    written = yaml.safe_load((run / "run.yaml").read_text())
+    del written["description"]  # as in a run file that has none
+    (run / "run.yaml").write_text(yaml.safe_dump(written))
     for step in ("regressor", "r2unet", "hod", "spectra"):
         shutil.rmtree(run / step, ignore_errors=True)
     shutil.rmtree(run / "grids-a" / "grids.zarr")
     (run / "classifier" / "done.json").unlink()
     (run / "classifier" / "history.jsonl").write_text("")
+    (run / "classifier" / "metrics.json").unlink()
     page = _report(run)
-    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Summary", "Provenance"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Summary", "Resources", "Provenance"]
     assert "stopped" in page
     assert "<h1>tiny</h1>" in page
 

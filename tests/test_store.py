@@ -22,6 +22,7 @@ from galdist.grids.store import (
     create_store,
     open_store,
 )
+from hpc import durable
 
 COUNTS = Field(name="matter_counts", assignment="cic")
 MOMENTUM = Field(name="matter_momentum", units="Msun/h km/s", assignment="cic", components=3)
@@ -66,6 +67,19 @@ def test_slabs_written_one_by_one_make_the_field(tmp_path: Path, shard: int | No
         for component in range(3):
             grids.write("matter_momentum", values[component, start : start + 8], start, component)
     np.testing.assert_array_equal(open_store(store.path)["MockA_CV_0"].read("matter_momentum"), values)
+
+
+@pytest.mark.parametrize(("field", "component"), [("matter_counts", None), ("matter_momentum", 1)])
+def test_what_is_written_is_flushed_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, component: int | None
+) -> None:
+    store = new_store(tmp_path / "g.zarr")
+    flushed, sync = set(), durable.sync_path
+    monkeypatch.setattr(durable, "sync_path", lambda path: (flushed.add(path), sync(path)))
+    store["MockA_CV_0"].write(field, np.ones((8, 16, 16), "f4"), 8, component)
+    array = tmp_path / "g.zarr" / "MockA_CV_0" / field
+    assert flushed == {path for path in (array / "c").rglob("*") if path.is_file()}
+    assert len(flushed) >= 4
 
 
 def test_a_writer_owns_whole_chunks(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The loop: what it writes, what it refuses, and that a killed run ends with the same weights."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -13,11 +14,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from small_grids import CLASSIFIER, Ranks, make_grids
+from small_grids import CLASSIFIER, Ranks, filled, make_grids, small_disk
 
 from galdist.statistics.metrics import load_metrics
 from galdist.training.checkpoint import Checkpoints, load_model
-from galdist.training.train import CosineSchedule, HalvingSchedule, TrainConfig, _Training, train
+from galdist.training.train import (
+    CosineSchedule,
+    HalvingSchedule,
+    TrainConfig,
+    _DeviceClock,
+    _Training,
+    train,
+)
 from hpc import ddp, durable
 
 
@@ -77,7 +85,7 @@ def test_training_lowers_the_loss_and_leaves_model_history_and_metrics(grids: Pa
     model, _ = load_model(tmp_path)
     assert model.threshold.item() == best["threshold"]
     assert list((tmp_path / "tensorboard").iterdir())
-    assert not any((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_tensorboard_holds_curves_and_images(grids: Path, tmp_path: Path) -> None:
@@ -144,6 +152,7 @@ def test_a_loss_that_is_no_number_ends_the_run(grids: Path, tmp_path: Path) -> N
         ({"schedule": {"kind": "cosine", "every": 3}}, "every"),
         ({"batch_size": 6, "accumulate": 4}, "not a multiple"),
         ({"precision": "fp16"}, "fp32"),
+        ({"keep_checkpoints": 1}, "greater than or equal to 2"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict, message: str) -> None:
@@ -261,9 +270,103 @@ def test_a_training_killed_in_validation_loses_no_step(
 def test_room_for_checkpoints_is_asked_for_first(
     grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(**CLASSIFIER | {"data": {"crop": 16, "crops_per_box": 8, "workers": 0}})
+    whole = {"crop": 16, "crops_per_box": 8, "workers": 0}
+    config = TrainConfig(**CLASSIFIER | {"data": whole})
     cached = 2 * 2 * 16**3 * 4  # decoded boxes, which are asked for on their own
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=cached))
     with pytest.raises(durable.NotEnoughSpace, match="checkpoints and the model"):
         train(config, {"grids": [grids]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def steps_saved(out: Path) -> int:
+    """Global step of the newest checkpoint; 0 for none."""
+    return max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=0)
+
+
+def test_as_many_checkpoints_stay_as_are_asked_for(grids: Path, tmp_path: Path) -> None:
+    run(grids, tmp_path, checkpoint_minutes=1e-6, keep_checkpoints=3)
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        f"step-0000000{step}" for step in (6, 7, 8)
+    ]
+
+
+def test_training_goes_on_while_the_disk_is_full(grids: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "out", 4 << 20) as out:
+        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+            ranks.when(lambda: steps_saved(out) >= 4 and len(list(out.glob("cache/*/*.npy"))) == 4)
+            with filled(out):
+                ranks.when(lambda: "no room for the row of epoch" in ranks.log.read_text())
+                saved = steps_saved(out)
+                ranks.when(lambda: ranks.log.read_text().count("no room for checkpoint") > 3)
+                assert steps_saved(out) == saved
+            ranks.succeed()
+        said = ranks.log.read_text()
+        assert re.search(
+            rf"no room for checkpoint step-\d+ \(0\.\d MB\) in {out}/checkpoints: No space left on device, "
+            r"0\.0 MB are free there\. Training goes on; the next checkpoint is tried when it is due",
+            said,
+        )
+        assert same(last_weights(out), last_weights(uninterrupted))
+        assert same(weights(out), weights(uninterrupted))
+        assert comparable(out) == comparable(uninterrupted)
+
+
+@pytest.mark.parametrize("ending", ["stopped", "finished"])
+def test_what_a_full_disk_costs_is_said_and_made_up_for(
+    grids: Path, uninterrupted: Path, tmp_path: Path, ending: str
+) -> None:
+    with small_disk(tmp_path / "out", 4 << 20) as out:
+        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+            ranks.when(lambda: steps_saved(out) >= 4 and len(list(out.glob("cache/*/*.npy"))) == 4)
+            with filled(out):
+                ranks.when(lambda: "no room for checkpoint" in ranks.log.read_text())
+                if ending == "stopped":
+                    ranks.signal_all(signal.SIGTERM)
+                assert ranks.wait(60) == [1]
+        what = "checkpoint step" if ending == "stopped" else "the trained model"
+        assert re.search(
+            rf"CheckpointError: no room for {what}.* in {out}/.*: No space left on device, 0\.0 MB are free "
+            r"there\. Make room there and run the same command again: training then goes on from the last "
+            r"whole checkpoint, step-\d+ of \d+ steps",
+            ranks.log.read_text(),
+        )
+        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+            ranks.succeed()
+        assert same(last_weights(out), last_weights(uninterrupted))
+        assert same(weights(out), weights(uninterrupted))
+        assert comparable(out) == comparable(uninterrupted)
+
+
+def test_workers_outlive_a_signal_to_all_processes(grids: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Even while they start, long before they could say what they do with signals."""
+    out = tmp_path / "out"
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.when(ranks.has_workers)
+        ranks.signal_all(signal.SIGTERM)
+        assert ranks.wait(30) == [128 + signal.SIGTERM], ranks.log.read_text()
+        assert "DataLoader worker" not in ranks.log.read_text()
+        ranks.signal_all(signal.SIGKILL)
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.when(lambda: len(history(out)) > 0 if (out / "history.jsonl").exists() else False)
+        ranks.signal_all(signal.SIGTERM)
+        assert ranks.wait(30) == [128 + signal.SIGTERM], ranks.log.read_text()
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
+        ranks.succeed()
+    assert same(last_weights(out), last_weights(uninterrupted))
+    assert comparable(out) == comparable(uninterrupted)
+
+
+def test_a_gpu_is_not_there_to_be_waited_for() -> None:
+    clock = _DeviceClock(torch.device("cpu"))
+    clock.start()
+    assert clock.wait() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_history_knows_the_gpu(grids: Path, tmp_path: Path) -> None:
+    run(grids, tmp_path)
+    for row in history(tmp_path):
+        assert 0 <= row["device_wait_fraction"] <= 1
+        assert 0 < row["peak_gpu_memory"] < 1
+    assert {"device_wait_fraction", "peak_gpu_memory"} <= {row["metric"] for row in load_metrics(tmp_path)}

@@ -1,4 +1,4 @@
-"""Measure, and write ``docs/benchmarks.md``: ``python tests/benchmarks/run.py [NAME ...]``.
+"""Measure, and write ``docs/benchmarks.md`` and others: ``python tests/benchmarks/run.py [NAME ...]``.
 
 A benchmark is a file ``bench_<name>.py`` in this folder with
 
@@ -6,7 +6,9 @@ A benchmark is a file ``bench_<name>.py`` in this folder with
 - ``run()``, which gives the rows of a table: a list of dicts with the same keys, which are the columns. A
 dict of
   such lists gives several tables; its keys are their captions. Numbers are written with three significant
-  digits (integers in full), None as an empty cell.
+  digits (integers in full), None as an empty cell;
+- where its section belongs on another page of ``docs/``, ``PAGE``, that page's name. What stands above the
+  sections of a page is written by hand and kept.
 
 Ratios are what travels between machines, so what is compared is timed in one call of ``run``. Every
 benchmark runs in a process of its own; NAMEs (``ingest``, ``crops``) measure these alone and keep the
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "benchmarks.md"
+DOCS = HERE.parents[1] / "docs"
 PACKAGES = ("numpy", "numba", "zarr", "zarrs", "dask", "torch")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -49,15 +51,16 @@ def main() -> None:
     if arguments.measure:
         arguments.measure.write_text(json.dumps(measure(arguments.names[0])))
         return
-    sections = {name: text for name, text in read_sections().items() if name in known}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.names or known:
             print(f"{name} ...", flush=True)
             results = Path(folder) / f"{name}.json"
             command = [sys.executable, __file__, name, "--measure", str(results)]
             subprocess.run(command, check=True, cwd=HERE.parents[1])
+            page = DOCS / f"{getattr(load(name), 'PAGE', 'benchmarks')}.md"
+            head, sections = read_page(page)
             sections[name] = section(name, json.loads(results.read_text()))
-            write_page(sections)
+            write_page(page, head, {key: text for key, text in sections.items() if key in known})
 
 
 def load(name: str) -> Any:
@@ -120,23 +123,16 @@ def machine() -> str:
     )
 
 
-def read_sections() -> dict[str, str]:
-    """Sections of the page as it is, by name."""
-    if not PAGE.exists():
-        return {}
-    parts = re.split(r"<!-- benchmark: (\w+) -->\n", PAGE.read_text(encoding="utf-8"))
-    return {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+def read_page(page: Path) -> tuple[str, dict[str, str]]:
+    """What stands above the sections of a page, and the sections by name."""
+    parts = re.split(r"<!-- benchmark: (\w+) -->\n", page.read_text(encoding="utf-8"))
+    return parts[0], {name: text.strip() for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def write_page(sections: Mapping[str, str]) -> None:
-    """Write ``docs/benchmarks.md``."""
-    head = (
-        "# Benchmarks\n\n`make benchmarks` measures and writes this page, "
-        "`python tests/benchmarks/run.py NAME` one section of it.\nAbsolute times do not travel between "
-        "machines, ratios do: what is compared was timed in one run.\n"
-    )
+def write_page(page: Path, head: str, sections: Mapping[str, str]) -> None:
+    """Write a page of ``docs/``."""
     parts = [f"<!-- benchmark: {name} -->\n{text}\n" for name, text in sorted(sections.items())]
-    PAGE.write_text("\n".join([head, *parts]), encoding="utf-8")
+    page.write_text("\n".join([head.rstrip() + "\n", *parts]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Any number of ranks learns and predicts the same, and ranks that die can be started again."""
 
+import random
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from small_grids import CLASSIFIER, Ranks, make_grids
 from galdist.grids.store import open_store
 from galdist.statistics.metrics import load_metrics
 from galdist.training.checkpoint import Checkpoints
+from hpc import progress
 
 CONFIG: dict[str, Any] = CLASSIFIER | {
     "batch_size": 4,
@@ -101,20 +104,154 @@ def test_random_numbers_of_all_generators_go_on(grids: Path, tmp_path: Path) -> 
 
 
 def test_one_asked_to_stop_stops_all_at_one_step(grids: Path, tmp_path: Path) -> None:
+    """Four: of more than two gradients the sum depends on the order."""
     out = tmp_path / "out"
-    long = CONFIG | {"epochs": 12}
-    with Ranks("train", long, {"grids": [grids]}, out, 2) as ranks:
-        ranks.signal_when(out / "checkpoints", "best-*", 1, signal.SIGTERM, rank=1)
-        assert ranks.wait(60) == [128 + signal.SIGTERM] * 2
+    long = NOISY | {"epochs": 12}
+    modules = ("noisy_objective",)
+    with Ranks("train", long, {"grids": [grids]}, out, 4, modules) as ranks:
+        ranks.signal_when(out, "history.jsonl", 1, signal.SIGTERM, rank=1)
+        assert ranks.wait(60) == [128 + signal.SIGTERM] * 4
     checkpoints = Checkpoints(out / "checkpoints")
     newest = checkpoints.latest()
     assert newest is not None
-    assert len(checkpoints.state(newest)["random"]) == 2  # of both ranks, at one step
+    assert len(checkpoints.state(newest)["ranks"]) == 4  # all, at one step
     assert not (out / "model").exists()
-    trained(grids, out, 2, long)
+    trained(grids, out, 4, long, modules)
     assert f"continues from {newest}" in (tmp_path / "out-log.txt").read_text()
-    one, other = last_weights(out), last_weights(trained(grids, tmp_path / "uninterrupted", 2, long))
+    one = last_weights(out)
+    other = last_weights(trained(grids, tmp_path / "uninterrupted", 4, long, modules))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+STOPPED = 128 + signal.SIGTERM
+TILES = CONFIG | {"tile": 2, "halo": 2, "checkpoint_minutes": 60}
+"""A validation of 512 tiles."""
+
+
+def saved(out: Path) -> dict[str, Any]:
+    """State of the newest checkpoint."""
+    checkpoints = Checkpoints(out / "checkpoints")
+    name = checkpoints.latest()
+    assert name is not None
+    return checkpoints.state(name)
+
+
+def test_validation_stops_within_a_tile_and_goes_on_there(grids: Path, tmp_path: Path) -> None:
+    uninterrupted, out = trained(grids, tmp_path / "uninterrupted", 2, TILES), tmp_path / "out"
+    done = [0]
+    for stop in range(2):
+        with Ranks("train", TILES, {"grids": [grids]}, out, 2) as ranks:
+            ranks.when(lambda: list(out.glob("checkpoints/step-*")))
+            ranks.when(lambda stop=stop: ranks.log.read_text().count("continues from") == 2 * stop)
+            time.sleep(0.1)
+            ranks.signal_all(signal.SIGTERM)
+            assert ranks.wait(10) == [STOPPED] * 2, ranks.log.read_text()
+        position = saved(out)["position"]
+        assert (position["epoch"], position["step"]) == (0, 8)
+        done.append(position["validated"])
+    assert 0 < done[1] < done[2] < 512
+    trained(grids, out, 2, TILES)
+    one, other = last_weights(out), last_weights(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results(out) == results(uninterrupted)
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """Metrics but those of the clock."""
+    return [row for row in load_metrics(out) if row["sample"] != "train"]
+
+
+def test_a_model_that_is_being_prepared_stops(grids: Path, tmp_path: Path) -> None:
+    config = CONFIG | {"model": CLASSIFIER["model"] | {"name": "slow"}}
+    out = tmp_path / "out"
+    with Ranks("train", config, {"grids": [grids]}, out, 2, ("noisy_objective",)) as ranks:
+        ranks.when(lambda: "looks at a box" in ranks.log.read_text())
+        ranks.signal_all(signal.SIGTERM)
+        assert ranks.wait(10) == [STOPPED] * 2, ranks.log.read_text()
+    assert not list(out.glob("checkpoints/*"))
+
+
+def test_fewer_ranks_go_on(grids: Path, tmp_path: Path) -> None:
+    """4, then 2 in the middle of an epoch, then 1 in the middle of its validation."""
+    alone, out = trained(grids, tmp_path / "alone", 1, TILES), tmp_path / "out"
+    for n_ranks, config, moment in (
+        (4, TILES | {"checkpoint_minutes": 1e-6}, "step-0000000[3-6]"),
+        (2, TILES, "step-00000008"),
+    ):
+        with Ranks("train", config, {"grids": [grids]}, out, n_ranks) as ranks:
+            ranks.when(lambda moment=moment: list(out.glob(f"checkpoints/{moment}")))
+            time.sleep(0.1 * (n_ranks == 2))
+            ranks.signal_all(signal.SIGTERM)
+            assert ranks.wait(60) == [STOPPED] * n_ranks, ranks.log.read_text()
+    assert 0 < saved(out)["position"]["validated"] < 512
+    trained(grids, out, 1, TILES)
+    said = (tmp_path / "out-log.txt").read_text()
+    for now, before in ((2, 4), (1, 2)):
+        assert (
+            f"{now} ranks continue what {before} ranks began: random numbers drawn by the model will" in said
+        )
+    for name, value in last_weights(alone).items():
+        torch.testing.assert_close(last_weights(out)[name], value, atol=1e-5, rtol=1e-5)
+    expected = {row["metric"]: row["value"] for row in results(alone)}
+    assert {row["metric"]: row["value"] for row in results(out)} == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_ten_stops_need_no_hand(grids: Path, tmp_path: Path, n_ranks: int) -> None:
+    """SIGTERM to all processes at any moment: while they start, decode, train, validate or write."""
+    config = NOISY | {
+        "epochs": 12,
+        "tile": 4,
+        "halo": 2,
+        "data": {"crop": 8, "margin": 1, "crops_per_box": 32, "workers": 1},
+    }
+    modules = ("noisy_objective",)
+    uninterrupted = trained(grids, tmp_path / "uninterrupted", n_ranks, config, modules)
+    out, moments = tmp_path / "out", random.Random(n_ranks)
+
+    def done(ranks: Ranks) -> float:
+        found = progress.read(ranks.progress)
+        return 0 if found is None else found.done
+
+    places = []
+    for _ in range(10):
+        with Ranks("train", config, {"grids": [grids]}, out, n_ranks, modules) as ranks:
+            before = done(ranks)
+            ranks.when(ranks.has_workers)
+            if moments.random() < 0.8:
+                ranks.when(lambda ranks=ranks, before=before: done(ranks) > before)
+                time.sleep(moments.uniform(0, 0.5))
+            ranks.signal_all(signal.SIGTERM)
+            assert ranks.wait(20) == [STOPPED] * n_ranks, ranks.log.read_text()
+        if list(out.glob("checkpoints/step-*")):
+            position = saved(out)["position"]
+            places.append((position["epoch"], position["step"], position["validated"]))
+    print(places)
+    assert len(set(places)) >= 5
+    trained(grids, out, n_ranks, config, modules)
+    one, other = last_weights(out), last_weights(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results(out) == results(uninterrupted)
+
+
+def test_a_prediction_stops_within_a_tile_and_goes_on(grids: Path, alone: Path, tmp_path: Path) -> None:
+    inputs, config = {"grids": [grids], "model": [alone]}, {"tile": 4, "halo": 4}
+    with Ranks("predict", config, inputs, tmp_path / "whole", 2) as ranks:
+        ranks.succeed()
+    out = tmp_path / "out"
+    with Ranks("predict", config, inputs, out, 2) as ranks:
+        ranks.when(lambda: list(out.glob("parts/*")))
+        ranks.signal_all(signal.SIGTERM)
+        assert ranks.wait(10) == [STOPPED] * 2, ranks.log.read_text()
+    made = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*")}
+    assert 1 <= len(made) < 4
+    with Ranks("predict", config, inputs, out, 3) as ranks:
+        ranks.succeed()
+    assert {name: (out / "parts" / name).stat().st_mtime_ns for name in made} == made
+    fields = [open_store(path / "prediction.zarr")["box_3"] for path in (out, tmp_path / "whole")]
+    assert np.array_equal(*(field.read("galaxy_probability") for field in fields))
+    assert load_metrics(out) == load_metrics(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2, 4])

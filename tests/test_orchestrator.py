@@ -1,0 +1,232 @@
+"""Whoever starts the steps and follows them, in bad weather; and what others see of it meanwhile."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_stages import STAGES
+
+from galdist import config, control, pipeline, provenance, status
+from hpc import durable, launch, slurm
+from hpc.job import Outcome
+from hpc.queued import Order
+from hpc.resources import Resources
+from hpc.site import Site
+
+
+def load(folder: Path, *steps: dict[str, Any]) -> config.Run:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({"name": "weather", "seed": 1, "steps": list(steps)}))
+    return config.load(str(path), (), STAGES)
+
+
+def step(name: str, **keys: Any) -> dict[str, Any]:
+    return {"name": name, "stage": "pieces", "config": {"n_pieces": 1}, **keys}
+
+
+def order(folder: Path, id: str | None = "12") -> Order:
+    """A step's order to Slurm, as another process has left it."""
+    task = launch.Task("galdist.stages:call", {}, folder, "serial", Resources())
+    made = Order(folder, "token", "comment", 0, folder / ".slurm", id, 0.0, task, Site(launcher="slurm"))
+    made.write()
+    return made
+
+
+# What others see
+
+
+def test_a_finished_step_keeps_its_job(tmp_path: Path) -> None:
+    pipeline.execute(load(tmp_path, step("a")), tmp_path / "out", Site(launcher="debug"), stages=STAGES)
+    path = tmp_path / "out" / "a" / "provenance.json"
+    job = {"id": "12", "nodes": ["n1", "n2"], "restarts": 1}
+    durable.write_json(path, durable.read_json(path) | {"job": job})
+    (found,) = status.steps_of(tmp_path / "out")
+    assert found.state == "done"
+    assert found.job == launch.JobInfo("12", "ended", ("n1", "n2"), restarts=1)
+
+
+def test_a_job_that_is_over_and_not_yet_recorded(tmp_path: Path) -> None:
+    """Somebody follows it and is about to; where nobody does, it waits for the next run."""
+    out = tmp_path / "out"
+    pipeline.execute(load(tmp_path, step("a")), out, Site(launcher="debug"), stages=STAGES)
+    (out / "a" / "done.json").unlink()
+    order(out / "a").conclude(Outcome(hosts=("n1",)))
+    assert status.steps_of(out)[0].state == "stopped"
+    with pipeline._lock(out):
+        assert status.steps_of(out)[0].state == "running"
+
+
+def test_who_watches_asks_slurm_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(control, "orchestrator_job", asked.append)
+    assert [control.worker(tmp_path) for _ in range(5)] == [None] * 5
+    assert len(asked) == 1
+    with pipeline._lock(tmp_path):
+        seen = [control.worker(tmp_path) for _ in range(5)]
+        assert len(asked) == 2, "somebody came"
+    assert set(seen) == {seen[0]}
+    assert f"process {os.getpid()} on " in str(seen[0])
+    assert control.worker(tmp_path) is None, "and is gone"
+
+
+# Bad weather
+
+
+class Troubled:
+    """A job on a cluster, in place of a real one: what cannot be brought about on a real one in seconds."""
+
+    def __init__(self, *troubles: Exception) -> None:
+        self._troubles = list(troubles)
+
+    def poll(self) -> launch.Outcome | None:
+        if self._troubles:
+            raise self._troubles.pop(0)
+        return Outcome(hosts=("n1",))
+
+    def about(self) -> launch.JobInfo:
+        return launch.JobInfo("12", "running", ("n1",))
+
+    def cancel(self, grace: float = 10.0) -> None:
+        raise AssertionError
+
+
+def on_cluster(
+    folder: Path, patch: pytest.MonkeyPatch, jobs: dict[str, Troubled], *steps: dict[str, Any]
+) -> set[str]:
+    """Do the steps; returns all that was said of them meanwhile."""
+    said: set[str] = set()
+    patch.setattr(launch, "submit", lambda task, site: jobs[task.folder.name])
+    patch.setattr(pipeline, "_SLOW_TICK", 0.01)
+    patch.setattr(pipeline, "_SILENCE", 0.1)
+    pipeline.execute(
+        load(folder, *steps),
+        folder / "out",
+        Site(launcher="slurm"),
+        lambda view: said.update(step.detail for step in view.steps),
+        stages=STAGES,
+    )
+    return said
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [slurm.Unreachable("Slurm does not answer"), OSError(errno.ESTALE, "Stale file handle")],
+    ids=["slurm", "files"],
+)
+def test_what_does_not_answer_is_asked_again(
+    trouble: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = on_cluster(tmp_path, monkeypatch, {"a": Troubled(*[trouble] * 20)}, step("a"))
+    assert f"asked again soon: {trouble}" in said
+    assert status.view(tmp_path / "out").steps[0].state == "done"
+
+
+def test_files_that_stay_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_BLIND", 0.2)
+    jobs = {"a": Troubled(*[OSError(errno.EIO, "Input/output error")] * 1000)}
+    with pytest.raises(OSError, match="Input/output error"):
+        on_cluster(tmp_path, monkeypatch, jobs, step("a"))
+
+
+def test_a_job_that_slurm_does_not_take_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step fails, and says why; the others go on."""
+    jobs = {"a": Troubled(slurm.SlurmError("sbatch: QOSMaxSubmitJobPerUserLimit")), "b": Troubled()}
+    jobs["c"] = Troubled()
+    with pytest.raises(pipeline.StepFailed, match=r"step a failed after .*QOSMaxSubmitJobPerUserLimit"):
+        on_cluster(tmp_path, monkeypatch, jobs, step("a"), step("b"), step("c", inputs={"before": "b"}))
+    states = {step.name: step.state for step in status.view(tmp_path / "out").steps}
+    assert states == {"a": "failed", "b": "done", "c": "done"}
+
+
+def test_files_that_are_away_when_a_step_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, troubles = provenance.Record.begin, [OSError(errno.EIO, "Input/output error")]
+
+    def troubled(*given: Any) -> provenance.Record:
+        if troubles:
+            raise troubles.pop()
+        return begin(*given)
+
+    monkeypatch.setattr(provenance.Record, "begin", troubled)
+    said = on_cluster(tmp_path, monkeypatch, {"a": Troubled()}, step("a"))
+    assert "asked again soon: [Errno 5] Input/output error" in said
+    assert status.view(tmp_path / "out").steps[0].state == "done"
+
+
+# A job that orchestrates
+
+
+def test_only_the_job_that_galdist_is_goes_back_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal of somebody's session on a node is in a job as well."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # whoever asks Slurm hears that there is none
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert pipeline._queue_again() == (False, "")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_TASK_PID", str(os.getppid()))
+    requeued, words = pipeline._queue_again()
+    assert (requeued, words[:44]) == (False, "; job 12 is not queued again: it runs someth")
+    monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
+    assert "; job 12 could not be queued again: squeue is not on PATH" in pipeline._queue_again()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_ask_to_stop(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as caught, pipeline._stop_signals(Site(launcher="slurm")):
+        signal.raise_signal(number)
+    assert caught.value.args == (number,)
+    assert signal.getsignal(number) is before
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The lock of a run on another machine."""
+    code = (
+        "import fcntl, time\n"
+        f"stream = open({str(tmp_path / '.lock')!r}, 'a+')\n"
+        "fcntl.flock(stream, fcntl.LOCK_EX)\n"
+        "stream.write('process 4711 on n7, since Monday'); stream.flush(); print('held', flush=True)\n"
+        "time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    other.stdout.readline()
+    yield other
+    other.kill()
+    other.communicate()
+
+
+def test_a_lock_that_outlives_its_node(
+    held: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm starts the job of a lost node again before the file server knows that the node is lost."""
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    text = rf"process 4711 on n7, since Monday\. Wait .* is down and its lock stays: rm {tmp_path}/\.lock"
+    with pytest.raises(pipeline.RunLocked, match=text), pipeline._lock(tmp_path):
+        raise AssertionError
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    threading.Timer(2, held.kill).start()
+    with pipeline._lock(tmp_path):
+        assert status.holder(tmp_path) is not None
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".lock").touch()
+
+    def flock(*given: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    text = r"has no locks .*No locks available.*--out.*-o flock"
+    with pytest.raises(pipeline.RunLocked, match=text), pipeline._lock(tmp_path):
+        raise AssertionError
+    assert status.holder(tmp_path) is None
