@@ -195,7 +195,7 @@ def _machine(site: str, in_allocation: bool, detach: bool) -> "Site":
     if in_allocation and detach:
         text = "one or the other: --detach gives every step a job, --in-allocation is for a job that is here"
         raise SettingsError("--detach, --in-allocation", [Problem((), text)])
-    if in_allocation and own_job() is None:
+    if (in_allocation or machine.launcher == "allocation") and own_job() is None:
         text = (
             "this is not inside a Slurm job (SLURM_JOB_ID is not set). It is for batch scripts: "
             "sbatch slurm/train.sbatch FILE. Without it and with a Slurm --site, each step becomes a job"

@@ -154,7 +154,7 @@ def check_site(steps: list[PlannedStep], site: Site) -> None:
 
 def _beyond(entry: PlannedStep, site: Site) -> list[Problem]:
     try:
-        return site.problems(entry.step.resources, entry.layout())
+        return site.problems(entry.step.resources, entry.layout(site))
     except SettingsError as error:
         return error.problems
 
@@ -338,7 +338,7 @@ class _Execution:
         wanted = entry.step.resources
         if self._site.launcher not in ("slurm", "allocation"):
             return wanted.model_copy(update={"ranks": entry.ranks})
-        layout = entry.layout()
+        layout = entry.layout(self._site)
         return wanted.model_copy(
             update={
                 "ranks": layout.ranks,

@@ -18,8 +18,9 @@ from pydantic_core import to_jsonable_python
 
 from galdist.config import ExternalPath, Run, Step, external_paths
 from galdist.stages import STAGES, Stage
-from hpc import durable
+from hpc import durable, slurm
 from hpc.resources import Layout
+from hpc.site import Site
 from hpc.strict import Problem, SettingsError, StrictModel, nearest
 
 PROVENANCE, DONE, CONFIG = "provenance.json", "done.json", "config.yaml"
@@ -61,15 +62,18 @@ class PlannedStep:
         """Number of processes."""
         return self.step.resources.ranks or self.stage.ranks
 
-    def layout(self) -> Layout:
-        """How a scheduler lays its processes on nodes.
+    def layout(self, site: Site) -> Layout:
+        """How a scheduler lays its processes on nodes; in an allocation, on those that are there.
 
         Raises
         ------
         hpc.strict.SettingsError
             where they do not fit.
         """
-        return self.step.resources.layout(self.stage.runtime, self.stage.ranks)
+        wanted = self.step.resources
+        if site.launcher == "allocation":
+            wanted = slurm.of_own_job(wanted, self.stage.runtime)
+        return wanted.layout(self.stage.runtime, self.stage.ranks)
 
 
 def plan(

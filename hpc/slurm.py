@@ -121,6 +121,32 @@ def own_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
+def of_own_job(wanted: Resources, runtime: str) -> Resources:
+    """What a DDP or MPI step gets of the job that this process is in, where it leaves open what it asks for.
+
+    That is all nodes (of ranks that it names, as many as these fill evenly) with the ranks that sbatch was
+    told (``--ntasks-per-node``); DDP on GPUs has one rank a GPU. Ranks share the cores of their node.
+    """
+    if runtime not in ("ddp", "mpi"):
+        return wanted
+    most = int(os.environ["SLURM_JOB_NUM_NODES"])
+    nodes = wanted.nodes or next(n for n in range(most, 0, -1) if (wanted.ranks or n) % n == 0)
+    gpus = wanted.gpus
+    if gpus is None and runtime == "ddp" and wanted.ranks is None:
+        gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    on_gpus = gpus if runtime == "ddp" else 0
+    ranks = wanted.ranks or nodes * (on_gpus or _fewest("SLURM_TASKS_PER_NODE"))
+    cores = _fewest("SLURM_JOB_CPUS_PER_NODE") // -(-ranks // nodes)
+    return wanted.model_copy(
+        update={"nodes": nodes, "ranks": ranks, "gpus": gpus, "cpus": wanted.cpus or max(1, cores)}
+    )
+
+
+def _fewest(variable: str) -> int:
+    """What every node has: of ``4(x2),3`` it is 3."""
+    return min(int(re.sub(r"\(.*", "", part)) for part in os.environ[variable].split(","))
+
+
 def states(ids: Iterable[str]) -> dict[str, JobState]:
     """What became of jobs, by one call of squeue for all and, for those it has forgotten, one of sacct."""
     wanted = set(ids)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc import slurm
 from hpc.resources import Layout, Resources, n_bytes, seconds
 from hpc.strict import SettingsError, validate
 
@@ -82,6 +83,44 @@ def test_what_cannot_be_laid_out(runtime: str, resources: dict[str, int], key: s
     with pytest.raises(SettingsError, match=words) as caught:
         Resources(**resources).layout(runtime, 2)
     assert caught.value.problems[0].location == (key,)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "resources", "expected"),
+    [
+        ("ddp", {}, Layout(2, 2, 2, 3, 0)),
+        ("mpi", {}, Layout(2, 2, 2, 3, 0)),
+        ("ddp", {"nodes": 1}, Layout(1, 1, 2, 3, 0)),
+        ("mpi", {"ranks": 4}, Layout(2, 2, 2, 3, 0)),
+        ("mpi", {"ranks": 3}, Layout(1, 1, 3, 2, 0)),
+        ("ddp", {"ranks": 1, "cpus": 2}, Layout(1, 1, 1, 2, 0)),
+        ("ddp", {"gpus": 3}, Layout(2, 2, 3, 2, 3)),
+        ("dask", {}, Layout(2, 2, 1, 1, 0)),
+        ("serial", {}, Layout(1, 1, 1, 1, 0)),
+    ],
+)
+def test_what_is_left_open_in_an_allocation_is_what_sbatch_was_told(
+    runtime: str, resources: dict[str, int], expected: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``sbatch --nodes=2 --ntasks-per-node=2 --cpus-per-task=3``, on nodes one of which is given whole."""
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2)")
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "8,6")
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert slurm.of_own_job(Resources(**resources), runtime).layout(runtime, 2) == expected
+
+
+def test_a_rank_a_gpu_of_the_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2)")
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "32(x2)")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    found = slurm.of_own_job(Resources(), "ddp")
+    assert found.layout("ddp", 2) == Layout(2, 2, 4, 8, 4)
+    found = slurm.of_own_job(Resources(), "mpi")
+    assert found.layout("mpi", 2) == Layout(2, 2, 2, 16, 0)
+    found = slurm.of_own_job(Resources(ranks=6), "ddp")
+    assert found.layout("ddp", 2) == Layout(2, 2, 3, 10, 0), "what a step says wins"
 
 
 def test_resources_are_strict() -> None:

@@ -134,7 +134,23 @@ def test_options_win_over_the_script(desk: Desk) -> None:
     job = desk.sbatch("train", "tiny.yaml", options=("--begin=now+1hour", "--nodes=2", "--time=30"))
     shown = desk.show(job)
     assert (shown["NumNodes"], shown["TimeLimit"]) == ("2-2", "00:30:00")
-    assert (shown["Requeue"], shown["JobName"], shown["CPUs/Task"]) == ("1", "galdist-train", "4")
+    assert (shown["Requeue"], shown["JobName"], shown["CPUs/Task"]) == ("1", "galdist-train", "2")
+
+
+def test_steps_take_what_sbatch_was_told(desk: Desk) -> None:
+    """But where they say themselves what they want."""
+    words = (tiny(desk.folder), "--set", "halos.resources.cpus=2", "--site", str(DEV))
+    options = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+    desk.completes(desk.sbatch("ingest", *words, options=options), 120)
+    records = {
+        step: durable.read_json(desk.folder / "runs" / "tiny" / step / "provenance.json")
+        for step in ("universe", "halos")
+    }
+    asked = {
+        step: [record["asked"][key] for key in ("nodes", "ranks", "cpus")] for step, record in records.items()
+    }
+    assert asked == {"universe": [2, 4, 1], "halos": [1, 1, 2]}
+    assert len(records["universe"]["hosts"]) == 2
 
 
 def test_no_environment(desk: Desk) -> None:
