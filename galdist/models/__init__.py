@@ -19,7 +19,8 @@ from hpc.strict import did_you_mean
 
 Batch = Mapping[str, Any]
 TrainingFields = Callable[[str], Iterator[NDArray[Any]]]
-"""Gives a field of every training sample, one at a time, anew at every call."""
+"""Gives a field (of boxes) or a column (of tables) of every training simulation, one at a time, anew at every
+call."""
 
 MODELS: dict[str, str] = {
     "r2unet-classifier": "galdist.models.r2unet:R2UNetClassifier",
@@ -34,26 +35,15 @@ class ModelConfig(StrictModel):
 
 
 class Objective(nn.Module, abc.ABC):
-    """A model with what it is trained for.
-
-    Batches are those of `galdist.data.datasets`: fields, the `halo` that is context only, and `periodic`.
-    Losses and metrics count the voxels inside the halo, predictions cover them.
-    """
+    """A model with what it is trained for; a `GridObjective` or a `galdist.models.tables.TableObjective`."""
 
     Config: ClassVar[type[ModelConfig]]
 
     config: ModelConfig
     fields: tuple[str, ...]
-    """Fields that a training batch holds."""
+    """Fields of boxes, or columns of tables, that it is trained on."""
     inputs: tuple[str, ...]
-    """Fields that `predict` reads."""
-    outputs: tuple[Field, ...]
-    """Fields that `predict` gives."""
-    reach: int
-    """Cells from a voxel to the furthest input that its prediction depends on: the halo that makes tiles
-    exact."""
-    alignment: int
-    """Origins of tiles are multiples of it."""
+    """Those of them that a prediction reads."""
     parts: tuple["Objective", ...] = ()
     """Trained models that this one holds."""
 
@@ -66,13 +56,9 @@ class Objective(nn.Module, abc.ABC):
         """Losses, each the mean over the batch; `loss` is the one to minimize."""
 
     @abc.abstractmethod
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """Fields named in `outputs`, ``(batch, component, z, y, x)`` without the halo."""
-
-    @abc.abstractmethod
     def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What `summarize` needs of a batch, as tensors that add over batches and ranks; and its
-        predictions."""
+        predictions, where they can be shown."""
 
     @abc.abstractmethod
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -88,6 +74,26 @@ class Objective(nn.Module, abc.ABC):
             "model": self.config.model_dump(mode="json"),
             "parts": [part.description() for part in self.parts],
         }
+
+
+class GridObjective(Objective):
+    """A model of fields on meshes.
+
+    Batches are those of `galdist.data.datasets`: fields, the `halo` that is context only, and `periodic`.
+    Losses and metrics count the voxels inside the halo, predictions cover them.
+    """
+
+    outputs: tuple[Field, ...]
+    """Fields that `predict` gives."""
+    reach: int
+    """Cells from a voxel to the furthest input that its prediction depends on: the halo that makes tiles
+    exact."""
+    alignment: int
+    """Origins of tiles are multiples of it."""
+
+    @abc.abstractmethod
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Fields named in `outputs`, ``(batch, component, z, y, x)`` without the halo."""
 
 
 def objective_class(name: str) -> type[Objective]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from galdist.config import StrictModel
 from galdist.data.transforms import Normalization, TransformName
 from galdist.grids.store import Field
-from galdist.models import Batch, ModelConfig, Objective, TrainingFields
+from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
 from galdist.models.layers import RecurrentResidualBlock, trim
 from galdist.statistics.metrics import ScoreHistogram
 from galdist.training.losses import (
@@ -130,7 +130,7 @@ class R2UNetRegressorConfig(R2UNetConfig):
     """Weight of the squared error in voxels that hold galaxies; in others it is 1."""
 
 
-class _Voxels(Objective):
+class _Voxels(GridObjective):
     """A network from input fields to one number a voxel."""
 
     nonempty_fraction: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 from galdist.config import StrictModel
 from galdist.data.datasets import Box, Tile, find_boxes, tiles, to_device
 from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_store, open_store
-from galdist.models import Objective
+from galdist.models import GridObjective
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import load_model
 from hpc import ddp, durable, progress
@@ -62,6 +62,11 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     """
     with ddp.group() as group, ddp.stop_requests() as stop:
         objective, checksum = load_model(inputs["model"][0])
+        if not isinstance(objective, GridObjective):
+            raise ValueError(
+                f"{inputs['model'][0]} is a model of tables ({objective.config.name}), this stage predicts "
+                "grids: draw galaxies for halos with the stage `sample`"
+            )
         boxes = _boxes(inputs["grids"], config.split)
         n_mesh = _n_mesh(boxes, objective)
         halo = objective.reach if config.halo is None else config.halo
@@ -112,7 +117,7 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
 class _Prediction:
     """What every slab needs to know."""
 
-    objective: Objective
+    objective: GridObjective
     store: GridStore
     truth: bool
     """Whether the grids hold what is predicted, for metrics."""
@@ -187,7 +192,7 @@ def _boxes(steps: Sequence[Path], split: Split) -> list[Box]:
     return boxes
 
 
-def _n_mesh(boxes: Sequence[Box], objective: Objective) -> int:
+def _n_mesh(boxes: Sequence[Box], objective: GridObjective) -> int:
     """The mesh of all boxes; every input of the model is looked for in each."""
     meshes = {}
     for box in boxes:
