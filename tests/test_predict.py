@@ -169,5 +169,21 @@ def test_nothing_to_predict_is_an_error(steps: dict[str, Path], tmp_path: Path) 
     twice = {"grids": [steps["grids"], steps["grids"]], "model": [steps["regressor"]]}
     with pytest.raises(ValueError, match="in two stores"):
         predict(PredictConfig(), twice, tmp_path / "out")
-    with pytest.raises(ValueError, match="multiple of 2"):
-        run(steps, tmp_path / "out", tile=3)
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (2, "greater than or equal to 4"),
+        (9, "tile is 9: this network halves its mesh, so it must be a multiple of 2"),
+        (12, r"tile is 12, which does not divide n_mesh = 32: one of \[4, 8, 16, 32\]"),
+    ],
+)
+def test_tiles_that_do_not_fit_touch_nothing(
+    steps: dict[str, Path], tmp_path: Path, tile: int, words: str
+) -> None:
+    """Neither a new folder nor slabs that another prediction has left."""
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(ValueError, match=words):
+        run(steps, tmp_path, tile=tile, halo=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]

@@ -9,11 +9,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from galdist.config import StrictModel
@@ -30,8 +30,8 @@ class PredictConfig(StrictModel):
 
     split: Split = "test"
     """Simulations to predict."""
-    tile: PositiveInt = 64
-    """Side of the tiles [cells]: more need more memory, less waste more on halos."""
+    tile: Annotated[int, Field(ge=4)] = 64
+    """Side of the tiles [cells], which divides the mesh: more need more memory, less waste more on halos."""
     halo: NonNegativeInt | None = None
     """Cells around a tile that are read with it. By default the model's reach, which makes tiles exact; a
     smaller halo is faster and leaves differences near the faces of tiles."""
@@ -56,7 +56,7 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     Raises
     ------
     ValueError
-        where there is nothing to predict, or the grids lack what the model reads.
+        where there is nothing to predict, the grids lack what the model reads, or tiles do not fit the mesh.
     hpc.ddp.Stopped
         where a signal asked to stop, before the next tile; slabs that are done stay.
     """
@@ -71,6 +71,12 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         n_mesh = _n_mesh(boxes, objective)
         halo = objective.reach if config.halo is None else config.halo
         slabs = _slabs(tiles(n_mesh, config.tile, halo, objective.alignment))
+        thickness = slabs[0][0].shape[0]  # a slab is a layer of whole chunks
+        if n_mesh % thickness:
+            sides = [n for n in range(4, n_mesh + 1) if not n_mesh % n and not n % objective.alignment]
+            raise ValueError(
+                f"tile is {config.tile}, which does not divide n_mesh = {n_mesh}: one of {sides}"
+            )
         truth = all(field in box.open().fields for box in boxes for field in objective.fields)
         parts = out / "parts"
         path = out / "prediction.zarr"
@@ -83,7 +89,7 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
                 [box.open().attrs for box in boxes],
                 objective.outputs,
                 n_mesh,
-                Chunking(chunk=slabs[0][0].shape[0]),
+                Chunking(chunk=thickness),
                 {"checkpoint": checksum, "model": objective.config.name},
             )
         group.barrier()
