@@ -169,6 +169,11 @@ def run(folder: str, token: str) -> None:
     if order.outcome is not None:
         print(f"{folder} has its outcome, and this job was queued again after that; nothing to do")
         return
+    if order.foreign:
+        reason = f"was queued by another version of this code; run it again to queue it anew. {order.foreign}"
+        failure = Failure(f"job {slurm.own_job()}", reason, rank.log_path(order.folder, 0), time.time())
+        order.conclude(Outcome((failure,)))
+        sys.exit(str(failure))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.exit(_Batch(dataclasses.replace(order, id=slurm.own_job())).run())
 

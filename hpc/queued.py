@@ -21,6 +21,7 @@ from hpc import cluster, durable, progress, rank, ranks, slurm
 from hpc.job import Failure, JobInfo, Outcome, Task, last_lines
 from hpc.resources import Layout, Resources
 from hpc.site import Site
+from hpc.strict import M, Problem, SettingsError, validate
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +60,27 @@ class Order:
     submitted: float
     task: Task
     site: Site
+    foreign: str = ""
+    """What another version of this code wrote that this one does not understand, and leaves out. Such a job
+    can be followed and ended, not done."""
 
     @classmethod
     def read(cls, folder: Path) -> "Order | None":
         """The last order in a task's folder; None where there is none."""
+        path = folder / ".slurm" / "job.json"
         try:
-            content = durable.read_json(folder / ".slurm" / "job.json")
+            content = durable.read_json(path)
         except FileNotFoundError:
             return None
-        task = content["task"]
-        resources = Resources.model_validate(task["resources"])
+        task, problems = content["task"], list[Problem]()
+        resources = _understood(Resources, task["resources"], "resources", problems)
         return cls(
-            **{
-                **content,
-                "folder": folder,
-                "batch": Path(content["batch"]),
-                "task": Task(**{**task, "folder": folder, "resources": resources}),
-                "site": Site.model_validate(content["site"]),
-            }
+            folder,
+            **{key: content[key] for key in ("token", "comment", "index", "id", "submitted")},
+            batch=Path(content["batch"]),
+            task=Task(task["function"], task["arguments"], folder, task["runtime"], resources, task["name"]),
+            site=_understood(Site, content["site"], "site", problems),
+            foreign=str(SettingsError(str(path), problems)) if problems else "",
         )
 
     def write(self) -> None:
@@ -118,6 +122,15 @@ class Order:
     @property
     def retries(self) -> int:
         return retries(self.task, self.site)
+
+
+def _understood(model: type[M], content: dict[str, Any], name: str, problems: list[Problem]) -> M:
+    """The model of what a file has, without the keys that are wrong; they are added to ``problems``."""
+    found, wrong = validate(model, content, (name,))
+    problems += wrong
+    keys = {problem.location[1] for problem in wrong if len(problem.location) > 1}
+    rest = {key: value for key, value in content.items() if key not in keys}
+    return found or validate(model, rest)[0] or model()
 
 
 @dataclass
@@ -390,7 +403,10 @@ def attach(folder: Path, site: Site) -> QueuedJob | None:
         return None if outcome.failures else QueuedJob(order)
     if (order := _identified(order)) is None:
         return None
-    if slurm.states([str(order.id)])[str(order.id)].is_over:
+    state = slurm.states([str(order.id)])[str(order.id)]
+    if state.is_pending and order.foreign:  # it would find nothing that it can do
+        return None
+    if state.is_over:
         outcome = order.outcome  # it may have come meanwhile
         return QueuedJob(order) if outcome is not None and not outcome.failures else None
     return QueuedJob(order)
@@ -455,7 +471,8 @@ def _identified(order: Order) -> Order | None:
         return None
     array, is_element, _ = found[0].partition("_")  # of which Slurm may have forgotten some already
     order = dataclasses.replace(order, id=f"{array}_{order.index}" if is_element else array)
-    order.write()
+    path = order.folder / ".slurm" / "job.json"
+    durable.write_json(path, durable.read_json(path) | {"id": order.id})
     return order
 
 

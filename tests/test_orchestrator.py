@@ -15,9 +15,9 @@ import yaml
 from small_stages import STAGES
 
 from galdist import config, control, pipeline, provenance, status
-from hpc import durable, launch, slurm
+from hpc import allocation, durable, launch, slurm
 from hpc.job import Outcome
-from hpc.queued import Order
+from hpc.queued import Order, QueuedJob
 from hpc.resources import Resources
 from hpc.site import Site
 
@@ -75,6 +75,39 @@ def test_who_watches_asks_slurm_seldom(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(seen) == {seen[0]}
     assert f"process {os.getpid()} on " in str(seen[0])
     assert control.worker(tmp_path) is None, "and is gone"
+
+
+def test_a_job_that_another_version_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shown, ended, and where it runs taken over; one that waits would find nothing that it can do."""
+    order(tmp_path)
+    path = tmp_path / ".slurm" / "job.json"
+    content = durable.read_json(path) | {"more": 1}
+    content["site"] |= {"colour": "red", "grace": "soon", "partition": "cpu"}
+    content["task"]["resources"] |= {"shape": "round", "cpus": 3}
+    content["task"]["more"] = 1
+    durable.write_json(path, content)
+    state = "RUNNING"
+    monkeypatch.setattr(slurm, "states", lambda ids: {id: slurm.JobState(id, state, ("n1",)) for id in ids})
+    monkeypatch.setattr(slurm, "cancel", lambda id, signal=None: canceled.append(id))
+    canceled: list[str] = []
+    assert launch.describe([tmp_path]) == {tmp_path: launch.JobInfo("12", "running", ("n1",))}
+    site = Site(launcher="slurm", grace=30)
+    job = launch.attach(tmp_path, site)
+    assert isinstance(job, QueuedJob)
+    assert (job.order.site, job.order.task.resources) == (site, Resources(cpus=3))
+    state = "PENDING"
+    assert launch.attach(tmp_path, site) is None
+    with pytest.raises(SystemExit, match="another version of this code; run it again to queue it anew"):
+        allocation.run(str(tmp_path), "token")
+    words = launch.describe([tmp_path])[tmp_path].state
+    failed = durable.read_json(tmp_path / ".slurm" / "outcome.json")["outcome"]["failures"][0]["reason"]
+    assert words == "failed"
+    assert all(text in failed for text in ("site.colour: unknown key", "site.grace: ", "resources.shape: "))
+    (tmp_path / ".slurm" / "outcome.json").unlink()
+    state = "CANCELLED"
+    launch.end_leftovers(tmp_path)
+    assert canceled == ["12"]
+    assert not path.exists()
 
 
 # Bad weather
