@@ -126,5 +126,5 @@ def test_jobs_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     small, large = execution(100), execution(1000)
     assert seconds(lambda: moments(large)) < 3 * seconds(lambda: moments(small))
-    jobs = [running.job for running in large._running.values()]
-    assert {job.looks for job in jobs if isinstance(job, Endless)} <= {2, 3}, "each has its turn"
+    looks = [running.job.looks for running in large._running.values() if isinstance(running.job, Endless)]
+    assert max(looks) - 1 <= min(looks) > 0, "each has its turn"
