@@ -82,9 +82,9 @@ def test_steps_that_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert {step.state for step in status.view(out).steps} == {"done"}
         assert len(list((out / ".replaced").iterdir())) == number
 
-    small = seconds(lambda: live(250))
-    large = seconds(lambda: live(1000))
-    print(f"250 steps: {small:.2f} s, 1000 steps: {large:.2f} s, four runs of each")
+    small = seconds(lambda: live(100))
+    large = seconds(lambda: live(400))
+    print(f"100 steps: {small:.2f} s, 400 steps: {large:.2f} s, four runs of each")
     assert large < 8 * small
 
 
