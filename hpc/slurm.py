@@ -33,6 +33,9 @@ _SILENCE = re.compile(
     r"|establish (a configuration source|control machine address)|unexpected message received",
     re.IGNORECASE,
 )
+_NOWHERE = (
+    "DNS SRV lookup failed"  # the last that Slurm tries where neither SLURM_CONF nor a file names its cluster
+)
 _FULL = re.compile(r"(Max|Grp)SubmitJobs?\w*Limit")
 _PENDING = {
     "PENDING",
@@ -479,8 +482,13 @@ def is_silence(words: str) -> bool:
     return _SILENCE.search(words) is not None
 
 
+_has_answered = False
+"""Whether Slurm has ever answered this process. Then it has a configuration, and may only not find it now."""
+
+
 def run(command: Sequence[str]) -> str:
     """What a command of Slurm prints. It sees nothing of a job around this process."""
+    global _has_answered
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT, env=_environment(), check=False
@@ -493,8 +501,14 @@ def run(command: Sequence[str]) -> str:
     except subprocess.TimeoutExpired:
         raise Unreachable(f"{shlex.join(command)}: no answer in {_TIMEOUT:.0f} s") from None
     if done.returncode == 0:
+        _has_answered = True
         return done.stdout
     words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+    if _NOWHERE in words and not _has_answered:
+        raise SlurmError(
+            f"{command[0]} finds no cluster: set SLURM_CONF to the path of its slurm.conf (the development "
+            f'Slurm\'s: eval "$(slurm/dev/up)"), or call this on a node of the cluster. It said: {words}'
+        )
     if is_silence(words):
         raise Unreachable(f"{command[0]}: Slurm does not answer: {words}")
     raise SlurmError(f"{shlex.join(command)}: {words}")

@@ -1,5 +1,6 @@
 """Site files: what ships loads, what is wrong is said, commands and limits follow from what is written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,29 @@ def test_variables_of_sbatch_do_not_win_over_the_site(monkeypatch: pytest.Monkey
     seen = {line.partition("=")[0] for line in slurm.run(["env"]).splitlines()}
     assert {"SBATCH_ACCOUNT", "SLURM_CONF", "SLURM_JOB_NAME"} <= seen
     assert not {"SBATCH_TIMELIMIT", "SBATCH_ARRAY_INX"} & seen
+
+
+def test_nothing_names_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is to be mended; who has been answered before waits instead until the name servers are back."""
+    from hpc import slurm
+
+    words = (
+        "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+        "squeue: error: fetch_config: DNS SRV lookup failed\n"
+        "squeue: error: _establish_config_source: failed to fetch config\n"
+        "squeue: fatal: Could not establish a configuration source\n"
+    )
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\nprintf '{words}' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "_has_answered", False)
+    with pytest.raises(slurm.SlurmError, match=r"set SLURM_CONF to the path of its slurm\.conf") as caught:
+        slurm.states(["1"])
+    assert not isinstance(caught.value, slurm.Unreachable)
+    slurm.run(["true"])
+    with pytest.raises(slurm.Unreachable):
+        slurm.states(["1"])
 
 
 def test_jobs_with_gpus_have_a_queue_of_their_own(tmp_path: Path) -> None:
