@@ -6,7 +6,6 @@ id; `hpc.allocation.run`, which is what the job runs, reads it and leaves ``.slu
 says of the job counts only where no outcome is.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -283,7 +282,8 @@ class QueuedJob:
         name = "CANCELLED" if state.state == "GONE" and not order.output.exists() else state.state
         if name == "PREEMPTED":
             return self._submit_again()
-        why = _explain(order, dataclasses.replace(state, state=name))
+        used = slurm.usage([str(order.id)])
+        why = _explain(order, dataclasses.replace(state, state=name), used)
         failure = Failure(f"job {order.id}", why, order.output, time.time())
         if name == "TIMEOUT":
             if not (stalled := history.count_limit()):
@@ -297,7 +297,7 @@ class QueuedJob:
         outcome = Outcome((failure,), earlier=tuple(history.earlier), stopped=name == "CANCELLED")
         if self._is_ours():
             order.conclude(outcome)
-        return self._finish(outcome)
+        return self._close(outcome, used)
 
     def _is_ours(self) -> bool:
         """Whether nobody gave the folder to another job, or ended this one for good, meanwhile."""
@@ -344,6 +344,9 @@ class QueuedJob:
         return None
 
     def _finish(self, outcome: Outcome) -> Outcome:
+        return self._close(outcome, slurm.usage([str(self.order.id)]))
+
+    def _close(self, outcome: Outcome, counted: slurm.Usage | None) -> Outcome:
         resources, layout = _asked(self.order.task)
         usage: dict[str, Any] = {
             "cpus": layout.ranks * layout.cpus,
@@ -352,18 +355,12 @@ class QueuedJob:
             "time_limit": resources.time or self.order.site.time,
             **outcome.usage,
         }
-        try:
-            counted = slurm.usage([str(self.order.id)])
-            workers = slurm.usage(cluster.worker_jobs(self.order.folder))
-        except slurm.SlurmError as error:
-            log.info("no accounting of job %s: %s", self.order.id, error)
-        else:
-            # Slurm counts earlier attempts too, but what was a moment ago it may not have counted yet.
-            for key, value in dataclasses.asdict(counted).items() if counted else ():
-                if isinstance(value, float | int):
-                    usage[key] = max(value, usage.get(key) or 0)
-            if workers is not None:
-                usage["workers"] = dataclasses.asdict(workers)
+        # Slurm counts earlier attempts too, but what was a moment ago it may not have counted yet.
+        for key, value in dataclasses.asdict(counted).items() if counted else ():
+            if isinstance(value, float | int):
+                usage[key] = max(value, usage.get(key) or 0)
+        if (workers := slurm.usage(cluster.worker_jobs(self.order.folder))) is not None:
+            usage["workers"] = dataclasses.asdict(workers)
         self._outcome = dataclasses.replace(outcome, usage=usage)
         return self._outcome
 
@@ -515,12 +512,9 @@ def _about(order: Order, state: slurm.JobState | None, silent_since: float | Non
     return JobInfo(order.id, word, state.nodes, reason, state.restarts)
 
 
-def _explain(order: Order, state: slurm.JobState) -> str:
+def _explain(order: Order, state: slurm.JobState, used: slurm.Usage | None) -> str:
     """A sentence on a job that ended without an outcome, with what to do."""
     where = f" on {', '.join(state.nodes)}" if state.nodes else ""
-    used = None
-    with contextlib.suppress(slurm.SlurmError):
-        used = slurm.usage([str(order.id)])
     match state.state:
         case "GONE":
             return "is in no queue, and Slurm's accounting does not know it: nobody can tell how it ended"

@@ -110,6 +110,24 @@ def test_a_job_that_another_version_queued(tmp_path: Path, monkeypatch: pytest.M
     assert not path.exists()
 
 
+def test_the_accounting_is_asked_once_for_a_job_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def usage(ids: list[str]) -> slurm.Usage | None:
+        asked.extend(ids)
+        return used if ids else None
+
+    used = slurm.Usage(60.0, 30.0, 2**30, 1, 2**30, 600.0, 0, None, "OUT_OF_MEMORY", 0)
+    monkeypatch.setattr(slurm, "usage", usage)
+    outcome = QueuedJob(order(tmp_path))._without_a_word(slurm.JobState("12", "OUT_OF_MEMORY", ("n1",)))
+    assert outcome is not None
+    assert "it asked for 1.00 GiB" in str(outcome.failures[0])
+    assert outcome.usage["max_rss"] == 2**30
+    assert asked == ["12"]
+
+
 # Bad weather
 
 

@@ -342,5 +342,6 @@ def test_what_is_said_of_jobs_that_say_nothing(word: str, said: str, folder: Pat
     time.sleep(1)
     order = queued.Order.read(folder)
     assert order is not None
-    text = queued._explain(order, slurm.JobState(str(order.id), word, ("n1",)))
+    used = slurm.usage([str(order.id)])
+    text = queued._explain(order, slurm.JobState(str(order.id), word, ("n1",)), used)
     assert re.search(said, text), text
