@@ -46,6 +46,7 @@ _SILENCE = 30.0  # seconds until a cluster that did not answer is asked again
 _BLIND = 600.0  # seconds for which a file server may fail
 _GRACE = 10.0  # seconds that a job has to end
 _CANCELLING = 8  # jobs ended at the same time
+_LIMIT = [signal.SIGUSR1, signal.SIGUSR2]  # Slurm's word for: your time is nearly over
 _PATIENCE = 1.0  # seconds to wait for a run's folder
 _RESTARTED = 300.0  # the same after a restart by Slurm: file servers keep the lock of a lost node for minutes
 
@@ -452,6 +453,7 @@ class _Execution:
     def stop(self, number: int) -> Interrupted:
         """What a signal asks for; returns what is to be said about it."""
         left: dict[str, str] = {}
+        stalled = ""
         if self._on_slurm and number != signal.SIGINT:
             left = {name: running.job.about().id for name, running in self._running.items()}
             text = "stopped"
@@ -463,11 +465,14 @@ class _Execution:
             inside = self._site.launcher == "allocation" and number != signal.SIGINT
             for problem in self.cancel(self._site.grace if inside else _GRACE):
                 text += f"; {problem}"
+            if inside and number in _LIMIT:
+                found = {name: launch.count_limit(self._out / name) for name in names}
+                text += (stalled := "".join(f"; {name} {why}" for name, why in found.items() if why))
         if left:
             jobs = ", ".join(f"{name} (job {id})" for name, id in left.items())
             text += f"; these go on in Slurm, and the next run takes them over: {jobs}"
         requeued = False
-        if number != signal.SIGINT and self._site.launcher in ("slurm", "allocation"):
+        if not stalled and number != signal.SIGINT and self._site.launcher in ("slurm", "allocation"):
             requeued, words = _queue_again()
             text += words
         return Interrupted(number, text, list(left), requeued)
@@ -582,7 +587,7 @@ def _stop_signals(site: Site) -> Iterator[None]:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
         numbers.append(signal.SIGHUP)
     if site.launcher in ("slurm", "allocation"):
-        numbers += [signal.SIGUSR1, signal.SIGUSR2]  # Slurm's word for: your time is nearly over
+        numbers += _LIMIT
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield

@@ -51,7 +51,7 @@ class AllocationJob:
 
     def __init__(self, task: Task, site: Site, history: History | None = None) -> None:
         self.task, self.site = task, site
-        self._history = history or History.read(task.folder, f"history-{slurm.own_job()}.json")
+        self._history = history or _own_history(task.folder)
         self._retries = queued.retries(task, site)
         self._outcome: Outcome | None = None
         self._told = False
@@ -124,6 +124,18 @@ class AllocationJob:
                 queued.end_workers(self.task.folder)
             except slurm.SlurmError as error:
                 self.say(f"worker jobs are left to end by themselves: {error}")
+
+
+def count_limit(folder: Path) -> str:
+    """Note that this Slurm job reached its time limit during the task of ``folder``, whose ranks have ended.
+
+    Returns what to say where limits pass and nothing is done in between.
+    """
+    return _own_history(folder).count_limit()
+
+
+def _own_history(folder: Path) -> History:
+    return History.read(folder, f"history-{slurm.own_job()}.json")
 
 
 def _is_wanted() -> bool:

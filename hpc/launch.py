@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc import durable, mpi, progress, queued, rank, ranks
-from hpc.allocation import AllocationJob
+from hpc.allocation import AllocationJob, count_limit
 from hpc.job import Failure, Job, JobInfo, Outcome, Runtime, Task, last_lines
 from hpc.site import Site
 
@@ -28,6 +28,7 @@ __all__ = [
     "Runtime",
     "Task",
     "attach",
+    "count_limit",
     "describe",
     "end_leftovers",
     "last_lines",

@@ -170,7 +170,7 @@ class History:
             return ""
         return (
             f"reached its time limit {len(self.limits)} times and did not get further the last {_STALLED} "
-            "times: ask for more time (resources.time), or save more often"
+            "times: ask for more time (resources.time, or --time of your own sbatch), or save more often"
         )
 
 

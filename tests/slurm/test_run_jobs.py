@@ -511,6 +511,22 @@ def test_a_run_inside_one_job(make: Callable[..., Run], how: str, tmp_path: Path
     assert run.jobs("b") == [], "no job of its own"
 
 
+def test_a_run_inside_one_job_that_gets_no_further(make: Callable[..., Run], tmp_path: Path) -> None:
+    """After three time limits in which a step has done nothing the job fails, and says so."""
+    site = tmp_path / "site.yaml"
+    site.write_text(SITE.read_text().replace("launcher: slurm", "launcher: allocation"))
+    run = make(step("a", seconds=600.0))
+    id, output = batch(run, site), run.folder / "run.out"
+    for number in range(3):
+        until(lambda n=number: output.exists() and output.read_text().count("starts (pieces)") > n, LONG)
+        subprocess.run(["scancel", "--signal=USR2", "--batch", id], check=True)
+    until(lambda: run.jobs("run")[0]["State"] == "FAILED", LONG)
+    text = output.read_text()
+    assert text.count(f"job {id} is queued again") == 2
+    assert "stopped in a; a reached its time limit 3 times and did not get further the last 2 times" in text
+    assert "Continue with: galdist run" in text
+
+
 # Without Slurm for a while
 
 
