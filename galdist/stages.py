@@ -43,10 +43,14 @@ STAGES: dict[str, Stage] = {
     "simulate": Stage("galdist.simulations.simulate:simulate", "mpi", ranks=2),
     "ingest": Stage("galdist.grids.ingest:ingest", "dask", ("simulations?",), ranks=2),
     "catalog": Stage("galdist.catalogs.catalog:catalog", "serial", ("simulations?",)),
-    "train": Stage("galdist.training.train:train", "ddp", ("grids+", "models*"), ranks=2),
+    "centrals": Stage("galdist.catalogs.centrals:centrals", "serial", ("catalogs?",)),
+    "train": Stage("galdist.training.train:train", "ddp", ("grids*", "catalogs*", "models*"), ranks=2),
     "predict": Stage("galdist.training.predict:predict", "ddp", ("grids+", "model"), ranks=2),
     "hod": Stage("galdist.statistics.hod:hod", "serial", ("catalogs+", "grids+")),
     "spectra": Stage("galdist.statistics.spectra:spectra", "mpi", ("grids+", "predictions*"), ranks=2),
+    "tracers": Stage(
+        "galdist.statistics.tracer_spectra:tracers", "mpi", ("catalogs+", "predictions+"), ranks=2
+    ),
     "report": Stage("galdist.report.report:report", "serial", ("steps+",)),
 }
 

@@ -1,8 +1,9 @@
 """The catalogue store, and the stage ``catalog`` that fills one: halos and galaxies as tables with units.
 
 Zarr v3: ``<simulation>/<table>/<column>``, rows first. Tables are ``halos`` (of the run with galaxies),
-``nbody_halos`` (of its N-body twin) and ``galaxies``; positions are periodic in [0, box_size). What is
-known of a simulation is in its group's attributes, as in the grid store.
+``nbody_halos`` (of its N-body twin), ``galaxies``, and ``centrals`` (`galdist.catalogs.centrals`); positions
+are periodic in [0, box_size). What is known of a simulation is in its group's attributes, as in the grid
+store; how a table was made is in the table's.
 """
 
 import logging
@@ -90,23 +91,38 @@ class CatalogStore:
         return sorted(self._group(simulation).group_keys())
 
     def table(
-        self, simulation: str, table: str, columns: Sequence[str] | None = None
+        self, simulation: str, table: str, columns: Sequence[str] | None = None, rows: slice = slice(None)
     ) -> dict[str, NDArray[Any]]:
-        """Columns of a table, all of them by default, in memory: (n,) or (n, 3), in the units of `UNITS`.
+        """Columns of a table, all of them and all rows by default, in memory: (n,) or (n, 3), in the units of
+        `UNITS`.
 
         Raises
         ------
         StoreError
             for a simulation, table or column that is not there; the message names those that are.
         """
-        if table not in self.tables(simulation):
-            raise StoreError(unknown_name(f"{self.path}/{simulation}: table", table, self.tables(simulation)))
-        group = cast(zarr.Group, self._group(simulation)[table])
+        group = self._table(simulation, table)
         held = sorted(group.array_keys())
         for column in columns or ():
             if column not in held:
                 raise StoreError(unknown_name(f"{self.path}/{simulation}/{table}: column", column, held))
-        return {name: np.asarray(cast("zarr.Array[Any]", group[name])[:]) for name in columns or held}
+        if columns is None:
+            columns = held
+        return {name: np.asarray(cast("zarr.Array[Any]", group[name])[rows]) for name in columns}
+
+    def columns(self, simulation: str, table: str) -> dict[str, str]:
+        """Names of a table's columns and their units (``""`` for numbers)."""
+        group = self._table(simulation, table)
+        return {name: str(array.attrs.get("units", "")) for name, array in sorted(group.arrays())}
+
+    def facts(self, simulation: str, table: str) -> dict[str, Any]:
+        """How a table was made: what `CatalogWriter.add` was told; empty where it was told nothing."""
+        return self._table(simulation, table).attrs.asdict()
+
+    def _table(self, simulation: str, table: str) -> zarr.Group:
+        if table not in self.tables(simulation):
+            raise StoreError(unknown_name(f"{self.path}/{simulation}: table", table, self.tables(simulation)))
+        return cast(zarr.Group, self._group(simulation)[table])
 
 
 class CatalogWriter:
@@ -125,8 +141,23 @@ class CatalogWriter:
         """Whether all tables of the simulation are written."""
         return simulation in self._root and "name" in self._root[simulation].attrs
 
-    def add(self, attrs: SimulationAttrs, tables: Mapping[str, Table]) -> None:
+    def add(
+        self,
+        attrs: SimulationAttrs,
+        tables: Mapping[str, Table],
+        units: Mapping[str, str] = UNITS,
+        facts: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Write the tables of one simulation.
+
+        Parameters
+        ----------
+        tables
+            table -> column -> (n,) or (n, 3) values.
+        units
+            column -> its units.
+        facts
+            table -> how it was made, in what JSON can carry.
 
         Raises
         ------
@@ -139,7 +170,7 @@ class CatalogWriter:
                 raise StoreError(f"{self.path}/{attrs.name}/{name}: columns differ in length: {lengths}")
         group = self._root.create_group(attrs.name, overwrite=True)
         for name, columns in tables.items():
-            table = group.create_group(name)
+            table = group.create_group(name, attributes=dict((facts or {}).get(name, {})))
             for column, values in columns.items():
                 array = table.create_array(
                     column,
@@ -148,7 +179,7 @@ class CatalogWriter:
                     chunks=(max(1, min(len(values), _ROWS)), *values.shape[1:]),
                     compressors=ZstdCodec(level=1),
                     dimension_names=("row", "axis")[: values.ndim],
-                    attributes={"units": UNITS.get(column, "")},
+                    attributes={"units": units.get(column, "")},
                 )
                 if len(values):
                     array[...] = values
