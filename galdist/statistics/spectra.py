@@ -54,6 +54,7 @@ TRUTH, MATTER = "truth", "matter"
 Band = tuple[Annotated[float, Constraint(ge=0)], Annotated[float, Constraint(gt=0)]]
 Reader = Callable[[tuple[slice, slice, slice]], NDArray[Any]]
 
+_POINTS_AT_ONCE = 512  # in a direct sum: bounds its memory
 _ORDER: dict[Assignment, int] = {"none": 0, "ngp": 1, "cic": 2, "tsc": 3}
 
 
@@ -137,14 +138,30 @@ def load_spectra(step: str | Path) -> dict[str, Any]:
     field); ``cross``: label -> ``power`` with the truth, ``r``, ``r_error``, ``r_subtracted``,
     ``transfer``, ``transfer_error``, ``transfer_subtracted``. Undefined values are NaN.
     """
-
-    def arrays(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: arrays(item) for key, item in value.items()}
-        return np.array(value, float) if isinstance(value, list) else value
-
     result: dict[str, Any] = arrays(durable.read_json(Path(step) / FILE))
     return result
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: numpy's arrays and numbers as Python's, None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def arrays(value: Any) -> Any:
+    """The reverse of `plain`: lists of numbers as arrays, with NaN for None."""
+    if isinstance(value, dict):
+        return {key: arrays(item) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    if any(isinstance(item, dict | str) for item in value):
+        return [arrays(item) for item in value]
+    return np.array(value, float)
 
 
 def field_mesh(read: Reader, n_mesh: int, box_size: float, assignment: Assignment) -> Any:
@@ -246,6 +263,23 @@ def catalog_mesh(
     return mesh
 
 
+def catalog_modes(position: ArrayLike, box_size: float, n_mesh: int) -> Any:
+    """`catalog_mesh` of points of weight one, transformed once and for all, for many calls of `power`.
+
+    Returns
+    -------
+    nbodykit.source.mesh.FieldMesh. Its ``attrs`` hold ``N`` and ``shotnoise`` (V/N).
+    """
+    from nbodykit.source.mesh.field import FieldMesh
+
+    points = catalog_mesh(position, box_size, n_mesh)
+    modes = FieldMesh(points.compute(mode="complex"))
+    number = mpi.world().allreduce(len(np.asarray(position)))
+    modes.attrs.update(N=number, shotnoise=box_size**3 / number)
+    modes.attrs.update(assignment="tsc", compensated=True, interlaced=True)
+    return modes
+
+
 def power(first: Any, second: Any = None) -> Any:
     """Auto power of a mesh, or cross power of two, in the bins described above; every rank calls it.
 
@@ -269,6 +303,109 @@ def power(first: Any, second: Any = None) -> Any:
         if key in first.attrs:
             result.attrs[key] = first.attrs[key]
     return result
+
+
+def gaussian_variance(
+    power: ArrayLike, k: ArrayLike, dk: float, number: int, box_size: float
+) -> NDArray[np.float64]:
+    """Variance of the power of points, shot noise removed, in bins of width ``dk`` around ``k`` [h/Mpc].
+
+    For Gaussian modes, ``sigma^2 / P^2 = 2 / (V Vk) ((1 + n P) / (n P))^2`` with the number density n and
+    ``Vk = 4 pi k^2 dk / (2 pi)^3`` (Feldman, Kaiser & Peacock 1994). Written as ``2 / (V Vk) (P + 1/n)^2`` it
+    holds for powers of zero and below too.
+    """
+    volume = box_size**3
+    modes = volume * 4 * np.pi * np.asarray(k, float) ** 2 * dk / (2 * np.pi) ** 3
+    variance: NDArray[np.float64] = 2 / modes * (np.asarray(power, float) + volume / number) ** 2
+    return variance
+
+
+def jackknife(
+    position: ArrayLike, box_size: float, n_bins: int, n_side: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Power of points and its error from the scatter between ``n_side``^3 cubes; every rank calls it.
+
+    Modes are direct sums over the points, ``delta_k = 1/N sum exp(-i k x)``: no mesh, no window, no aliases.
+    Cubes are left out one after the other. A pair of points with one in the cube that is left out counts by
+    ``1 - a`` instead of nothing, ``a^2 = (n - 1) / (2 (n - 2))`` for n cubes: where cubes are independent,
+    this makes the variance of pairs between cubes what it is, which the plain jackknife doubles (Mohammad &
+    Percival 2022, MNRAS 514, 1289).
+
+    Parameters
+    ----------
+    position : (n, 3) in [0, box_size) [Mpc/h], each rank's own; ``n`` may be 0 on some.
+    n_bins
+        the first so many bins of `power`.
+    n_side
+        cubes a side, 2 or more.
+
+    Returns
+    -------
+    power without shot noise, and its standard deviation, (n_bins,) [(Mpc/h)^3].
+
+    Raises
+    ------
+    ValueError
+        for fewer than 2 cubes a side, or no points on any rank.
+    """
+    comm = mpi.world()
+    position = np.asarray(position, float)
+    number = comm.allreduce(len(position))
+    if n_side < 2 or number == 0:
+        raise ValueError(f"a jackknife needs points and 2 or more cubes a side, not {number} and {n_side}")
+    wave = np.arange(-n_bins, n_bins + 1)
+    half = wave[n_bins:]  # of the last axis: k and -k have conjugate modes
+    radius = np.sqrt(wave[:, None, None] ** 2 + wave[:, None] ** 2 + half**2)
+    bins = np.floor(radius + 0.5).astype(int)
+    inside = (bins >= 1) & (bins <= n_bins)
+    weight = np.broadcast_to(np.where(half > 0, 2.0, 1.0), inside.shape)[inside]
+    bins = bins[inside] - 1
+    modes = np.bincount(bins, weight)
+
+    def average(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return box_size**3 * np.bincount(bins, weight * values) / modes
+
+    cell = np.minimum((position / box_size * n_side).astype(int), n_side - 1)
+    cube = np.ravel_multi_index(tuple(cell.T), (n_side,) * 3)
+    n_cubes = n_side**3
+    numbers = comm.allreduce(np.bincount(cube, minlength=n_cubes))
+    mine: dict[int, NDArray[np.complex128]] = {}
+    total = np.zeros(inside.sum(), complex)
+    for index in range(n_cubes):
+        summed = comm.allreduce(_direct_sum(position[cube == index] / box_size, wave, half)[inside]) / number
+        corner = np.array(np.unravel_index(index, (n_side,) * 3))
+        phases = [
+            np.sinc(w / n_side) / n_side * np.exp(-2j * np.pi * w * (c + 0.5) / n_side)
+            for w, c in zip((wave, wave, half), corner, strict=True)
+        ]
+        summed -= (phases[0][:, None, None] * phases[1][:, None] * phases[2])[inside]  # the mean density
+        total += summed
+        if index % comm.size == comm.rank:
+            mine[index] = summed
+    shot_noise = box_size**3 / number
+    whole = average(np.abs(total) ** 2)
+    factor = math.sqrt((n_cubes - 1) / (2 * (n_cubes - 2)))
+    left_out = []
+    for index, part in mine.items():
+        within = average(np.abs(part) ** 2)
+        between = 2 * average((part.conj() * (total - part)).real)
+        noise = shot_noise * (1 - numbers[index] / number)
+        left_out.append((whole - within - factor * between - noise) / (1 - 1 / n_cubes))
+    powers = np.concatenate([np.reshape(part, (-1, n_bins)) for part in comm.allgather(left_out)])
+    error = np.sqrt((n_cubes - 1) * powers.var(axis=0))
+    return whole - shot_noise, error
+
+
+def _direct_sum(x: NDArray[np.float64], wave: NDArray[Any], half: NDArray[Any]) -> NDArray[np.complex128]:
+    """Sum of exp(-2 pi i m.x) over points ``x`` (n, 3) for all m of ``wave`` x ``wave`` x ``half``."""
+    total = np.zeros((wave.size * wave.size, half.size), complex)
+    for start in range(0, len(x), _POINTS_AT_ONCE):
+        first, second, third = (
+            np.exp(-2j * np.pi * np.outer(x[start : start + _POINTS_AT_ONCE, axis], w))
+            for axis, w in enumerate((wave, wave, half))
+        )
+        total += (first[:, :, None] * second[:, None, :]).reshape(len(first), -1).T @ third
+    return total.reshape(wave.size, wave.size, half.size)
 
 
 def _window(w: list[NDArray[Any]], order: int) -> NDArray[Any]:
@@ -423,8 +560,8 @@ def _measure(sample: _Sample, folder: Path) -> dict[str, Any]:
         "fields": fields,
         "cross": cross,
     }
-    plain: dict[str, Any] = _plain(result)
-    return plain
+    measured: dict[str, Any] = plain(result)
+    return measured
 
 
 def _compare(
@@ -454,15 +591,6 @@ def _save(result: Any, path: Path) -> None:
 
     if result.comm.rank == 0:
         durable.write_text(path, json.dumps(result.__getstate__(), cls=JSONEncoder))
-
-
-def _plain(value: Any) -> Any:
-    """Arrays as lists, with None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return [item if math.isfinite(item) else None for item in value.tolist()]
-    return value
 
 
 def _rows(config: SpectraConfig, simulations: Mapping[str, Any]) -> list[MetricRow]:

@@ -5,8 +5,6 @@ Bins of log10 stellar mass [Msun/h] are <= 9.5, (9.5, 10.5] and > 10.5; of g-i c
 few to be tracers (Rodrigues et al. 2023, MNRAS 522, 3236).
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -53,7 +51,7 @@ def tracer(log_stellar_mass: ArrayLike, color_gi: ArrayLike) -> NDArray[np.int8]
 
 def describe(number: int) -> str:
     """What tracer ``number`` (1 to 7) selects, for tables and figures."""
-    row, column = (int(i[0]) for i in np.nonzero(_TRACER_OF == number))
+    row, column = np.argwhere(np.equal(_TRACER_OF, number))[0]
     low, high = MASS_EDGES
     blue, red = COLOR_EDGES
     mass = (f"log M* <= {low:g}", f"{low:g} < log M* <= {high:g}", f"log M* > {high:g}")[row]
@@ -66,27 +64,32 @@ def counts(tracers: ArrayLike) -> NDArray[np.int64]:
     return np.bincount(np.asarray(tracers).ravel(), minlength=len(TRACERS) + 1)
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """How often galaxies of each tracer are predicted to be of each, none of them included."""
+def confusion(true: ArrayLike, predicted: ArrayLike) -> NDArray[np.int64]:
+    """How many galaxies of each true tracer (row) are predicted to be of each (column), (8, 8); 0 is none.
 
-    counts: NDArray[np.int64]
-    """(8, 8): galaxies of true tracer (row) and predicted one (column); 0 is none."""
+    Parameters
+    ----------
+    true, predicted
+        (n,) tracers of the same galaxies, as `tracer` gives them.
 
-    @classmethod
-    def of(cls, true: ArrayLike, predicted: ArrayLike) -> "Confusion":
-        """Count pairs of ``true`` and ``predicted`` tracers, both (n,) with values 0 to 7."""
-        true, predicted = np.asarray(true, np.int64), np.asarray(predicted, np.int64)
-        if true.shape != predicted.shape:
-            raise ValueError(f"pairs of tracers need one shape, not {true.shape} and {predicted.shape}")
-        n = len(TRACERS) + 1
-        return cls(np.bincount((true * n + predicted).ravel(), minlength=n * n).reshape(n, n))
-
-    @property
-    def rates(self) -> NDArray[np.float64]:
-        """(8, 8): rows that sum to one, the probability of each prediction; NaN where a tracer has none."""
-        total = self.counts.sum(axis=1, keepdims=True)
-        rates: NDArray[np.float64] = np.divide(
-            self.counts, total, where=total > 0, out=np.full(self.counts.shape, np.nan)
+    Raises
+    ------
+    ValueError
+        for columns of different lengths.
+    """
+    true, predicted = np.asarray(true, np.int64), np.asarray(predicted, np.int64)
+    if true.shape != predicted.shape:
+        raise ValueError(
+            f"true and predicted tracers are of the same galaxies, but have shapes {true.shape} and "
+            f"{predicted.shape}"
         )
-        return rates
+    n = len(TRACERS) + 1
+    return np.bincount((true * n + predicted).ravel(), minlength=n * n).reshape(n, n)
+
+
+def rates(confusion: ArrayLike) -> NDArray[np.float64]:
+    """Rows of a `confusion` that sum to one: how a true tracer is spread. NaN where there is no galaxy."""
+    number = np.asarray(confusion, float)
+    total = number.sum(axis=1, keepdims=True)
+    spread: NDArray[np.float64] = np.divide(number, total, where=total > 0, out=np.full(number.shape, np.nan))
+    return spread
