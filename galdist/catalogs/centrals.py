@@ -1,8 +1,8 @@
 """The stage ``centrals``: halos with their central galaxies, one row each, ready to learn from.
 
 It reads tables (Parquet, CSV, HDF5) or the group catalogues of a step ``catalog``, and leaves a catalogue
-store whose table ``centrals`` has the columns of `galdist.catalogs.columns.QUANTITIES` that there are, others that
-were asked for, ``position`` and ``split``.
+store whose table ``centrals`` has the columns of `galdist.catalogs.columns.QUANTITIES` that there are, others
+that were asked for, ``position`` and ``split``.
 """
 
 import logging
@@ -228,8 +228,8 @@ def _split_rows(
         missing = [name for name in ("log_stellar_mass", "color_gi") if name not in columns]
         if missing:
             raise SimulationError(
-                f"{simulation}: split: tracers are known by log_stellar_mass and color_gi, and {missing[0]} is "
-                "not there: choose `split: {kind: rows}` or `{kind: simulations}`"
+                f"{simulation}: split: tracers are known by log_stellar_mass and color_gi, and {missing[0]} "
+                "is not there: choose `split: {kind: rows}` or `{kind: simulations}`"
             )
         strata = tracer(columns["log_stellar_mass"], columns["color_gi"])
     return split_rows(strata, config.validation, config.test, generator)
