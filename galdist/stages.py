@@ -46,6 +46,7 @@ STAGES: dict[str, Stage] = {
     "centrals": Stage("galdist.catalogs.centrals:centrals", "serial", ("catalogs?",)),
     "train": Stage("galdist.training.train:train", "ddp", ("grids*", "catalogs*", "models*"), ranks=2),
     "predict": Stage("galdist.training.predict:predict", "ddp", ("grids+", "model"), ranks=2),
+    "sample": Stage("galdist.training.sample:sample", "ddp", ("catalogs+", "models+"), ranks=2),
     "hod": Stage("galdist.statistics.hod:hod", "serial", ("catalogs+", "grids+")),
     "spectra": Stage("galdist.statistics.spectra:spectra", "mpi", ("grids+", "predictions*"), ranks=2),
     "tracers": Stage(

@@ -6,10 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from linear_galaxies import INPUTS, SOURCE, TARGETS, make_centrals, make_model
 from small_grids import filled, small_disk
 
+import galdist
+from galdist.catalogs.catalog import open_catalog
 from galdist.models.r2unet import R2UNetClassifier, R2UNetClassifierConfig
-from galdist.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
+from galdist.models.tables import TableObjective
+from galdist.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    describe_model,
+    load_model,
+    save_model,
+    table_facts,
+)
 from hpc import durable
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).view(2, 3), "constant": torch.tensor(2.0)}
@@ -165,3 +176,79 @@ def test_an_error_of_the_file_server_is_not_the_checkpoints(checkpoints: Checkpo
     manifest.unlink()
     manifest.write_bytes(kept)
     assert checkpoints.latest() == "step-00000001"
+
+
+def test_a_saved_table_model_is_one_folder_that_says_what_it_is(tmp_path: Path) -> None:
+    facts = {"columns": SOURCE, "citation": "Somebody (2020)"}
+    catalogs = make_centrals(tmp_path / "catalogs", {"one": 300, "two": 200}, facts=facts)
+    make_model(tmp_path / "step", catalogs)
+    folder = (tmp_path / "step" / "model").rename(tmp_path / "sent")
+    assert {path.name for path in folder.iterdir()} == {"weights.safetensors", "model.yaml"}
+    objective, checksum = load_model(folder)
+    assert isinstance(objective, TableObjective)
+    about = describe_model(folder)
+    assert about["sha256"] == checksum
+    assert about["galdist"] == galdist.__version__
+    assert about["license"] == "GPL-3.0-or-later"
+    assert about["citation"] == ["Somebody (2020)"]
+    assert list(about["columns"]) == [*INPUTS, *TARGETS]
+    mass, color = about["columns"]["log_halo_mass"], about["columns"]["color_gi"]
+    assert (mass["role"], mass["units"], mass["source"]) == ("input", "log10 Msun/h", SOURCE["log_halo_mass"])
+    assert (color["role"], color["units"]) == ("target", "mag")
+    store = open_catalog(catalogs / "catalog.zarr")
+    tables = [store.table(name, "centrals") for name in store.names()]
+    for name, column in about["columns"].items():
+        training = [table[name][table["split"] == 0] for table in tables]
+        ends = [min(part.min() for part in training), max(part.max() for part in training)]
+        assert column["range"] == pytest.approx(ends, rel=1e-6)
+    assert objective.input_high.tolist() == [about["columns"][name]["range"][1] for name in INPUTS]
+
+
+def test_tables_that_differ_have_no_common_source(tmp_path: Path) -> None:
+    one = make_centrals(tmp_path / "one", {"one": 300})
+    other = make_centrals(tmp_path / "other", {"other": 300}, facts={"columns": {"spin": SOURCE["spin"]}})
+    objective, _ = load_model(make_model(tmp_path / "step", one))
+    columns = table_facts(objective, [one, other])["columns"]
+    assert "source" not in columns["log_halo_mass"]
+    assert columns["spin"]["source"] == SOURCE["spin"]
+
+
+def test_a_model_of_boxes_has_no_columns(model: R2UNetClassifier) -> None:
+    assert table_facts(model, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "is damaged"),
+        ("just words", "describes no model"),
+        ("{model: {name: r2unet-classifier}}", "lacks model, parts or sha256"),
+        ("!!python/object/apply:os.system ['touch harm']", "is damaged: could not determine a constructor"),
+    ],
+)
+def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path)
+    assert not Path("harm").exists()
+
+
+def test_a_model_of_another_galdist_says_so(tmp_path: Path, model: R2UNetClassifier) -> None:
+    save_model(tmp_path / "model", model, model.state_dict(), {})
+    path = tmp_path / "model" / "model.yaml"
+    described = yaml.safe_load(path.read_text())
+    described["model"]["depth"] = 3
+    path.write_text(yaml.safe_dump(described | {"galdist": "9.1"}))
+    with pytest.raises(CheckpointError, match=r"cannot build this model, which 9\.1 made: (.|\n)*depth"):
+        load_model(tmp_path)
+    path.write_text(yaml.safe_dump(described))
+    (tmp_path / "model" / "weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is missing"):
+        load_model(tmp_path)
+
+
+def test_models_beside_are_named(tmp_path: Path, model: R2UNetClassifier) -> None:
+    for name in ("sqr", "src"):
+        save_model(tmp_path / name / "model", model, model.state_dict(), {})
+    with pytest.raises(CheckpointError, match=f"There are: {tmp_path}/sqr, {tmp_path}/src"):
+        load_model(tmp_path)

@@ -146,8 +146,8 @@ class SamplesStore:
             if not np.isfinite(values).all():
                 bad = int((~np.isfinite(values.reshape(n, -1))).any(1).sum())
                 raise StoreError(
-                    f"{where}: {name} is not a finite number for {bad} of the {n} rows from {start}: the model "
-                    "that gave it is broken, or was trained on such values"
+                    f"{where}: {name} is not a finite number for {bad} of the {n} rows from {start}: the "
+                    "model that gave it is broken, or was trained on such values"
                 )
         for name, values in arrays.items():
             self._array(simulation, name)[start : start + n] = values
@@ -170,13 +170,17 @@ class SamplesStore:
         parts = [self._read(name, rows) for name in (self.names() if simulation is None else [simulation])]
         if len(parts) == 1:
             return parts[0]
-        quantiles = [part.quantiles for part in parts if part.quantiles is not None]
+
+        def together(name: str) -> NDArray[Any]:
+            return np.concatenate([getattr(part, name) for part in parts])
+
         return Samples(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("simulation", "row", "point", "samples", "extrapolated")
-            ),
-            np.concatenate(quantiles) if quantiles else None,
+            simulation=together("simulation"),
+            row=together("row"),
+            point=together("point"),
+            samples=together("samples"),
+            extrapolated=together("extrapolated"),
+            quantiles=together("quantiles") if self.levels else None,
         )
 
     def chunks(self, simulation: str) -> Iterator[Samples]:
@@ -193,8 +197,8 @@ class SamplesStore:
             raise StoreError(f"{self.path}/{simulation}: the array {error} is missing") from error
         except (RuntimeError, ValueError) as error:
             raise StoreError(
-                f"{self.path}/{simulation}: damaged ({error}): remove the folder of the step that made it, and "
-                "run it again"
+                f"{self.path}/{simulation}: damaged ({error}): remove the folder of the step that made it, "
+                "and run it again"
             ) from error
         missing = found["row"] < 0
         for name in names[1:]:

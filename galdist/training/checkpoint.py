@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ import torch
 import yaml
 from torch import Tensor
 
+import galdist
+from galdist.catalogs.catalog import open_catalog
 from galdist.models import Objective, from_description
+from galdist.models.tables import TableObjective
 from hpc import durable
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 MODEL = "model.yaml"
+LICENSE = "GPL-3.0-or-later"
+"""Of the weights, as of the code that made them."""
 
 
 class CheckpointError(ValueError):
@@ -147,6 +152,9 @@ def save_model(
     """Write a trained model: `weights.safetensors`, then `model.yaml` with what builds it and the weights'
     checksum.
 
+    What the training split decided (means, ranges) is among the weights; the folder is all that a prediction
+    needs.
+
     Parameters
     ----------
     folder
@@ -156,7 +164,7 @@ def save_model(
     weights
         its state dict.
     facts
-        what people may want to know of it (epoch, metrics); plain values.
+        what people may want to know of it (epoch, metrics, `table_facts`); plain values.
 
     Returns
     -------
@@ -171,39 +179,109 @@ def save_model(
     data = weight_bytes(weights)
     checksum = hashlib.sha256(data).hexdigest()
     parameters = sum(parameter.numel() for parameter in objective.parameters())
-    text = yaml.safe_dump(
-        {**objective.description(), "parameters": parameters, "sha256": checksum, **facts}, sort_keys=False
-    )
+    about = {"parameters": parameters, "sha256": checksum, "galdist": galdist.__version__, "license": LICENSE}
+    text = yaml.safe_dump({**objective.description(), **about, **facts}, sort_keys=False, allow_unicode=True)
     with durable.room_for("the trained model", folder):
         durable.write_bytes(folder / WEIGHTS, data)
         durable.write_text(folder / MODEL, text)
     return checksum
 
 
-def load_model(step: Path) -> tuple[Objective, str]:
-    """The trained model of a train step's folder, ready to predict, and the sha256 of its weights.
+def table_facts(objective: Objective, catalogs: Sequence[Path]) -> dict[str, Any]:
+    """What `model.yaml` says of the tables that a model learned from; nothing for a model of boxes.
+
+    ``columns``: of each input and target its role, units, range over the training rows, and its ``source``:
+    what it is in the user's table (`galdist.catalogs.columns.ColumnSource`), where all tables agree.
+    ``citation``: what the tables ask to be cited.
+
+    Parameters
+    ----------
+    objective
+        after training.
+    catalogs
+        step folders with a `catalog.zarr` that holds `centrals` tables.
+    """
+    if not isinstance(objective, TableObjective):
+        return {}
+    units: dict[str, str] = {}
+    sources: dict[str, list[Any]] = {name: [] for name in objective.fields}
+    citations: dict[str, None] = {}
+    for step in catalogs:
+        store = open_catalog(step / "catalog.zarr")
+        for simulation in store.names():
+            units = store.columns(simulation, "centrals") | units
+            facts = store.facts(simulation, "centrals")
+            for name, found in sources.items():
+                found.append(facts.get("columns", {}).get(name))
+            if citation := facts.get("citation"):
+                citations[str(citation)] = None
+    columns: dict[str, Any] = {}
+    for role, names in (("input", objective.inputs), ("target", objective.targets)):
+        low, high = (objective.get_buffer(f"{role}_{end}").tolist() for end in ("low", "high"))
+        for i, name in enumerate(names):
+            columns[name] = {"role": role, "units": units.get(name, ""), "range": [low[i], high[i]]}
+            first = sources[name][0] if sources[name] else None
+            if first is not None and all(other == first for other in sources[name]):
+                columns[name]["source"] = first
+    return {"columns": columns, **({"citation": list(citations)} if citations else {})}
+
+
+def describe_model(step: Path) -> dict[str, Any]:
+    """`model.yaml` of a trained model: a train step's folder, or the `model` folder in it.
 
     Raises
     ------
     CheckpointError
-        where there is no model, or weights and description do not belong together.
+        where there is none, or it cannot be read.
     """
-    folder = step / "model"
+    path = _model_folder(step) / MODEL
     try:
-        description = yaml.safe_load((folder / MODEL).read_text(encoding="utf-8"))
+        description = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        beside = sorted(str(found.parents[1]) for found in step.glob(f"*/model/{MODEL}"))
+        there = f" There are: {', '.join(beside)}" if beside else ""
+        raise CheckpointError(f"{path}: no trained model here; the train stage leaves one.{there}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(description, dict) or not {"model", "parts", "sha256"} <= description.keys():
+        raise CheckpointError(f"{path} describes no model: it lacks model, parts or sha256")
+    return description
+
+
+def load_model(step: Path) -> tuple[Objective, str]:
+    """The trained model of a train step's folder (or the `model` folder in it), ready to predict, and the
+    sha256 of its weights.
+
+    Raises
+    ------
+    CheckpointError
+        where there is no model, weights and description do not belong together, or this version of galdist
+        cannot build it.
+    """
+    description = describe_model(step)
+    folder = _model_folder(step)
+    try:
+        checksum = durable.sha256(folder / WEIGHTS)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder / MODEL}: no trained model here; the train stage leaves one"
-        ) from error
-    checksum = durable.sha256(folder / WEIGHTS)
+        raise CheckpointError(f"{folder / WEIGHTS} is missing: copy the whole folder") from error
     if checksum != description["sha256"]:
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the file that {MODEL} describes (sha256 {checksum[:12]}, expected "
-            f"{description['sha256'][:12]}): train again, or copy both files from one place"
+            f"{str(description['sha256'])[:12]}): train again, or copy both files from one place"
         )
-    objective = from_description(description)
-    objective.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    try:
+        objective = from_description(description)
+        objective.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    except (ValueError, RuntimeError) as error:
+        made = description.get("galdist", "another version")
+        raise CheckpointError(
+            f"{folder}: galdist {galdist.__version__} cannot build this model, which {made} made: {error}"
+        ) from error
     return objective.eval(), checksum
+
+
+def _model_folder(step: Path) -> Path:
+    return step if (step / MODEL).exists() else step / "model"
 
 
 def weight_bytes(weights: Mapping[str, Tensor]) -> bytes:

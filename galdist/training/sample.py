@@ -1,0 +1,368 @@
+"""Galaxies drawn from trained models of tables: `Union`, and the stage `sample` that fills a samples store.
+
+Rows are drawn in chunks, and a chunk's draws depend on the seed and its number alone: whoever makes it, in
+whatever order, on however many ranks. In memory are a chunk of samples and the rows that it is made for.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field as Constraint
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from galdist.catalogs.catalog import CatalogStore, open_catalog
+from galdist.catalogs.centrals import SPLITS, TABLE
+from galdist.catalogs.columns import ColumnSource
+from galdist.catalogs.samples import SamplesStore, create_samples, open_samples
+from galdist.config import StrictModel
+from galdist.grids.store import SimulationAttrs, StoreError, unknown_name
+from galdist.models.tables import TableObjective
+from galdist.statistics.metrics import metric_row, save_metrics
+from galdist.training.checkpoint import CheckpointError, describe_model, load_model
+from hpc import ddp, durable, progress
+
+_DRAWS = 1 << 15  # that a model makes at a time at most: what its layers hold stays in the processor's cache
+_ROWS = 1 << 12  # that a model looks at at a time at most
+
+Level = Annotated[float, Constraint(gt=0, lt=1)]
+
+
+class SampleConfig(StrictModel):
+    """Settings of the stage `sample`."""
+
+    split: Literal["train", "validation", "test", "all"] = "test"
+    """Rows to draw for."""
+    samples: PositiveInt = 50
+    """Draws a row."""
+    levels: tuple[Level, ...] = ()
+    """Of quantiles to store too; only for models that have quantiles of their own."""
+    label: str | None = None
+    """What people call the model: seeds of one model share it. By default the names of the families."""
+    seed: NonNegativeInt = 0
+
+
+class Union:
+    """Trained models of tables with different targets, side by side: as one model of all of these.
+
+    Between two models the draws are independent given the halo. Arrays in and out are NumPy's, in the
+    columns' own units; inputs (n, d) in the order of `inputs`, results in the order of `targets`.
+
+    Parameters
+    ----------
+    steps
+        train steps' folders, or the `model` folders in them.
+    device
+        where they compute; by default the first GPU, or the CPU where there is none.
+
+    Raises
+    ------
+    galdist.training.checkpoint.CheckpointError
+        where a folder holds no model of tables, or two models have a target in common.
+    """
+
+    def __init__(self, steps: Sequence[Path], device: torch.device | None = None) -> None:
+        if not steps:
+            raise CheckpointError("no model is named")
+        self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.models: list[TableObjective] = []
+        self.checkpoints: list[str] = []
+        self.columns: dict[str, dict[str, Any]] = {}
+        """What `model.yaml` says of each input and target (`galdist.training.checkpoint.table_facts`)."""
+        owner: dict[str, Path] = {}
+        for step in steps:
+            objective, checksum = load_model(step)
+            if not isinstance(objective, TableObjective):
+                raise CheckpointError(
+                    f"{step}: {objective.config.name} is a model of boxes, which the stage predict uses; a "
+                    "model of halo tables was expected"
+                )
+            for target in objective.targets:
+                if target in owner:
+                    raise CheckpointError(
+                        f"{target} is predicted by both {owner[target]} and {step}: models side by side have "
+                        "different targets"
+                    )
+                owner[target] = step
+            self.models.append(objective.to(self._device))
+            self.checkpoints.append(checksum)
+            for name, about in describe_model(step).get("columns", {}).items():
+                self.columns.setdefault(name, about)
+        self.inputs = tuple(dict.fromkeys(name for model in self.models for name in model.inputs))
+        self.targets = tuple(owner)
+        self.name = " + ".join(dict.fromkeys(model.config.name for model in self.models))
+        """Names of the families."""
+        self._places = [[self.inputs.index(name) for name in model.inputs] for model in self.models]
+        self.low, self.high = (self._range(end) for end in ("low", "high"))
+        """Range (d,) of each input over the training rows, the narrowest where models differ."""
+
+    def _range(self, end: str) -> NDArray[np.float32]:
+        found = np.full((len(self.models), len(self.inputs)), np.nan, np.float32)
+        for k, (model, places) in enumerate(zip(self.models, self._places, strict=True)):
+            found[k, places] = model.get_buffer(f"input_{end}").cpu().numpy()
+        return np.asarray(np.nanmax(found, axis=0) if end == "low" else np.nanmin(found, axis=0))
+
+    def outside(self, inputs: NDArray[np.float32]) -> NDArray[np.int8]:
+        """For each input (n, d): -1 below the range of the training rows, 1 above it, 0 within."""
+        return (inputs > self.high).astype(np.int8) - (inputs < self.low).astype(np.int8)
+
+    def point(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Best single values (n, t); whether means or medians, the families say."""
+        return self._each(inputs, _ROWS, lambda k, model, batch: model.point(batch))
+
+    def sample(self, inputs: NDArray[np.float32], n: int, seed: int, chunk: int = 0) -> NDArray[np.float32]:
+        """``n`` joint draws for each row, (rows, n, t): the same for the same rows, ``seed`` and ``chunk``.
+
+        (On the same kind of device: GPUs have other generators than CPUs.)
+        """
+        generators = [
+            torch.Generator(self._device).manual_seed(_seed(seed, k, chunk)) for k in range(len(self.models))
+        ]
+        rows = max(1, min(_ROWS, _DRAWS // n))
+        return self._each(inputs, rows, lambda k, model, batch: model.sample(batch, n, generators[k]))
+
+    def quantiles(self, inputs: NDArray[np.float32], levels: Sequence[float]) -> NDArray[np.float32]:
+        """Marginal quantiles (n, q, t) at ``levels``.
+
+        Raises
+        ------
+        ValueError
+            where a model has no quantiles of its own.
+        """
+        wanted = torch.tensor(levels, dtype=torch.float32, device=self._device)
+
+        def of(k: int, model: TableObjective, batch: dict[str, Tensor]) -> Tensor:
+            found = model.quantiles(batch, wanted)
+            if found is None:
+                raise ValueError(
+                    f"{model.config.name} has no quantiles of its own: ask for samples, and take theirs"
+                )
+            return found
+
+        return self._each(inputs, max(1, min(_ROWS, _DRAWS // len(levels))), of)
+
+    def _each(
+        self,
+        inputs: NDArray[np.float32],
+        rows: int,
+        ask: Callable[[int, TableObjective, dict[str, Tensor]], Tensor],
+    ) -> NDArray[np.float32]:
+        """What ``ask(number, model, batch)`` gives of batches of rows, targets of all models side by side."""
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(inputs), rows):
+                part = torch.from_numpy(inputs[start : start + rows]).to(self._device)
+                found = [
+                    ask(k, model, {"inputs": part[:, self._places[k]]}) for k, model in enumerate(self.models)
+                ]
+                parts.append(torch.cat(found, -1).float().cpu().numpy())
+        return np.concatenate(parts)
+
+
+def user_name(name: str, about: Mapping[str, Any]) -> str:
+    """What a column is called in the user's table, where that holds it alone (``about``: as in `columns`)."""
+    source = ColumnSource.model_validate(about["source"]) if "source" in about else None
+    return source.column if source is not None and source.is_invertible else name
+
+
+def _seed(seed: int, model: int, chunk: int) -> int:
+    return int(np.random.SeedSequence([seed, model, chunk]).generate_state(1, np.uint64)[0])
+
+
+def sample(config: SampleConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
+    """Draw galaxies for the rows of `centrals` tables; every rank calls it.
+
+    Called again on the same folder it does the chunks that are not yet there.
+
+    Parameters
+    ----------
+    config
+        settings.
+    inputs
+        `catalogs`: steps with a `catalog.zarr` that holds `centrals` tables; `models`: train steps, whose
+        models have no target in common.
+    out
+        step folder. Gets `samples.zarr` and `metrics.json`: the rate, the fraction of rows outside the
+        training range, and the errors of the points where the tables hold the truth.
+
+    Raises
+    ------
+    ValueError
+        where there are no such rows, the tables lack what a model reads, or quantiles are asked of a model
+        that has none.
+    hpc.ddp.Stopped
+        where a signal asked to stop, before the next chunk; chunks that are done stay.
+    """
+    with ddp.group() as group, ddp.stop_requests() as stop:
+        union = Union(inputs["models"], group.device)
+        tables = _tables(inputs["catalogs"], config.split, union)
+        path, parts = out / "samples.zarr", out / "parts"
+        if group.is_main:
+            _create(path, parts, config, union, tables)
+        group.barrier()
+        work = _Sampling(config, union, open_samples(path, mode="r+"), parts)
+        items = [(table, start) for table in tables for start in work.store.starts(table.name)]
+        # As the main rank sees it: a file system may show the others less, and all must share alike.
+        missing = group.broadcast([n for n in range(len(items)) if not work.part(n).exists()])
+        done = len(items) - len(missing)
+        for first in range(0, len(missing), group.world_size):
+            if group.any(bool(stop))[0]:
+                raise ddp.Stopped(stop.signum)
+            mine = missing[first : first + group.world_size][group.rank : group.rank + 1]
+            for n in mine:
+                work.chunk(n, *items[n])
+            done = min(done + group.world_size, len(items))
+            if group.is_main:
+                progress.report(done, len(items), items[missing[first]][0].name)
+        group.barrier()
+        if group.is_main:
+            work.save_metrics(out, len(items))
+        group.barrier()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rows of a simulation's `centrals` table that are drawn for."""
+
+    store: CatalogStore
+    attrs: SimulationAttrs
+    rows: NDArray[np.int64]
+    truth: bool
+    """Whether it holds all targets."""
+
+    @property
+    def name(self) -> str:
+        return self.attrs.name
+
+    def read(self, columns: Sequence[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Columns (n, d) of sorted ``rows``; those that the table lacks are parameters of the simulation."""
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        held = self.store.columns(self.name, TABLE)
+        found = self.store.table(
+            self.name, TABLE, [name for name in columns if name in held], slice(first, last)
+        )
+        parameters = self.attrs.cosmology | self.attrs.astrophysics
+        values = [
+            found[name][rows - first] if name in found else np.full(len(rows), parameters[name])
+            for name in columns
+        ]
+        return np.stack(values, axis=1).astype(np.float32)
+
+
+def _tables(steps: Sequence[Path], split: str, union: Union) -> list[_Table]:
+    tables: list[_Table] = []
+    seen: dict[str, Path] = {}
+    where = ", ".join(str(step / "catalog.zarr") for step in steps)
+    for step in steps:
+        store = open_catalog(step / "catalog.zarr")
+        for name in store.names():
+            held = store.columns(name, TABLE)
+            attrs = store.attrs(name)
+            for column in union.inputs:
+                if column not in held and column not in attrs.cosmology | attrs.astrophysics:
+                    raise StoreError(unknown_name(f"{store.path}/{name}/{TABLE}: column", column, list(held)))
+            codes = store.table(name, TABLE, ["split"])["split"]
+            wanted = np.full(len(codes), True) if split == "all" else codes == SPLITS.index(split)
+            rows = np.flatnonzero(wanted)
+            if not len(rows):
+                continue
+            if name in seen:
+                raise ValueError(f"{name!r} is in {seen[name]} and {store.path}: sample them in two steps")
+            seen[name] = store.path
+            tables.append(_Table(store, attrs, rows, set(union.targets) <= held.keys()))
+    if not tables:
+        raise ValueError(f"{where}: no row has the split {split!r}; choose another `split`")
+    return tables
+
+
+def _create(path: Path, parts: Path, config: SampleConfig, union: Union, tables: Sequence[_Table]) -> None:
+    """Create the store, unless it was begun with the same settings, models and rows."""
+    made_with = durable.fingerprint(
+        [config.model_dump(), union.checkpoints, [(table.name, len(table.rows)) for table in tables]]
+    )
+    begun = parts / "settings.json"
+    if begun.exists() and durable.read_json(begun) == made_with:
+        return
+    n_rows = sum(len(table.rows) for table in tables)
+    n_bytes = n_rows * (4 * len(union.targets) * (1 + config.samples + len(config.levels)) + 9)
+    durable.require_space(path.parent, n_bytes, f"{config.samples} samples of {n_rows} halos")
+    shutil.rmtree(parts, ignore_errors=True)  # chunks of another store
+    named = {name: about for name, about in union.columns.items() if name in union.targets}
+    create_samples(
+        path,
+        [(table.attrs, len(table.rows)) for table in tables],
+        union.targets,
+        config.samples,
+        label=config.label or union.name,
+        model=union.name,
+        checkpoints=union.checkpoints,
+        levels=config.levels,
+        source_columns={name: user_name(name, about) for name, about in named.items()},
+        units={name: about["units"] for name, about in named.items()},
+    )
+    durable.write_json(begun, made_with)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """What every chunk needs to know."""
+
+    config: SampleConfig
+    union: Union
+    store: SamplesStore
+    parts: Path
+
+    def part(self, number: int) -> Path:
+        """What the metrics of a chunk need; it is there when the chunk is in the store."""
+        return self.parts / f"{number:06d}.json"
+
+    def chunk(self, number: int, table: _Table, start: int) -> None:
+        """Make a chunk and write it."""
+        union, config = self.union, self.config
+        rows = table.rows[start : start + self.store.chunk]
+        inputs = table.read(union.inputs, rows)
+        began = time.perf_counter()
+        point = union.point(inputs)
+        samples = union.sample(inputs, config.samples, config.seed, number)
+        quantiles = union.quantiles(inputs, config.levels) if config.levels else None
+        seconds = time.perf_counter() - began
+        extrapolated = (union.outside(inputs) != 0).any(axis=1)
+        squares: list[float] = []
+        if table.truth:
+            errors = point.astype(np.float64) - table.read(union.targets, rows)
+            squares = np.square(errors).sum(0).tolist()
+        about = {
+            "rows": len(rows),
+            "seconds": seconds,
+            "extrapolated": int(np.count_nonzero(extrapolated)),
+            "squares": squares,
+        }
+        with durable.room_for(f"chunk {number} of {table.name}", self.store.path):
+            self.store.write(table.name, start, rows, point, samples, extrapolated, quantiles)
+            durable.write_json(self.part(number), about)
+
+    def save_metrics(self, out: Path, n_chunks: int) -> None:
+        """Metrics of all rows; sums are added in one order, whoever made them."""
+        parts = [durable.read_json(self.part(number)) for number in range(n_chunks)]
+        total = {key: sum(part[key] for part in parts) for key in ("rows", "seconds", "extrapolated")}
+        split = self.config.split
+        rows = [
+            metric_row("extrapolated_fraction", split, total["extrapolated"] / total["rows"]),
+            metric_row("rows_per_second", split, total["rows"] / total["seconds"], unit="1/s a rank"),
+        ]
+        if known := [part for part in parts if part["squares"]]:
+            squares = np.sum([part["squares"] for part in known], axis=0)
+            rmse = np.sqrt(squares / sum(part["rows"] for part in known))
+            units = {name: about["units"] for name, about in self.union.columns.items()}
+            rows += [
+                metric_row(f"rmse_{target}", split, value, unit=units.get(target, ""))
+                for target, value in zip(self.union.targets, rmse, strict=True)
+            ]
+        save_metrics(out, rows)
