@@ -1,10 +1,11 @@
 """Runs on the development Slurm, started, looked at and disturbed."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,19 @@ import yaml
 
 import galdist
 from galdist.status import StepStatus, steps_of
-from hpc import durable
+from hpc import durable, slurm
 
 SITE = Path(__file__).parents[1] / "slurm" / "sites" / "dev.yaml"
+
+
+@contextlib.contextmanager
+def down(node: str) -> Iterator[None]:
+    """As long as this lasts a node is down, and jobs on it have lost it."""
+    slurm.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
+    try:
+        yield
+    finally:
+        slurm.run(["scontrol", "update", f"nodename={node}", "state=resume"])
 
 
 @dataclass

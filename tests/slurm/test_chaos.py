@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from cluster_runs import Cluster
+from cluster_runs import Cluster, down
 from clustered import clustered_particles
 from test_kill import results
 from universe import make_truth, write_snapshot
@@ -47,10 +47,9 @@ STEPS: list[dict[str, Any]] = [
         "resources": {"nodes": 2, "ranks": 2},
         "config": {
             "model": {"name": "r2unet-classifier", "channels": [4, 8]},
-            "data": {"crop": 16, "crops_per_box": 400},
+            "data": {"crop": 16, "crops_per_box": 400, "tile": 32},
             "batch_size": 4,
             "epochs": 4,
-            "tile": 32,
             "ema_decay": 0.9,
             "checkpoint_minutes": 0.05,
         },
@@ -174,11 +173,8 @@ def test_a_node_goes_down(training: Cluster, undisturbed: dict[str, Any]) -> Non
     training.wait_for_checkpoint()
     node = training.slurm("squeue", "-h", "-j", training.job("classifier"), "-o", "%N")
     lost = training.slurm("scontrol", "show", "hostnames", node.strip()).split()[1]
-    training.slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
-    try:
+    with down(lost):
         training.succeed()
-    finally:
-        training.slurm("scontrol", "update", f"nodename={lost}", "state=resume")
     assert results(training.out) == undisturbed
     assert training.restarts() == 1
     nodes = durable.read_json(training.out / "classifier" / "provenance.json")["job"]["nodes"]

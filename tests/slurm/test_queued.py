@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster_runs import down
 from small_jobs import SITE, batch_process, counted, job_id, report, starts, state, task, until, wait
 
 from hpc import durable, launch, queued, rank, slurm
@@ -266,11 +267,8 @@ def test_a_node_that_is_set_down(folder: Path) -> None:
     job = launch.submit(task("count", folder, "ddp", more={"n": 100}, ranks=2, nodes=2), SITE)
     until(lambda: counted(folder) > 3)
     lost = state(folder).nodes[1]
-    slurm.run(["scontrol", "update", f"nodename={lost}", "state=down", "reason=test"])
-    try:
+    with down(lost):
         outcome = wait(job, 120)
-    finally:
-        slurm.run(["scontrol", "update", f"nodename={lost}", "state=resume"])
     assert outcome.failures == ()
     assert counted(folder) == 100
     assert lost not in outcome.hosts
@@ -285,11 +283,8 @@ def test_a_training_goes_on_with_fewer_nodes(folder: Path) -> None:
     job = launch.submit(task("count", folder, "ddp", more=more, ranks=4, nodes=4, min_nodes=2, cpus=4), SITE)
     until(lambda: counted(folder) > 3)
     lost = state(folder).nodes[3]
-    slurm.run(["scontrol", "update", f"nodename={lost}", "state=down", "reason=test"])
-    try:
+    with down(lost):
         outcome = wait(job, 120)
-    finally:
-        slurm.run(["scontrol", "update", f"nodename={lost}", "state=resume"])
     assert outcome.failures == ()
     assert [start[3] for start in starts(folder)] == ["4", "2"]
     assert len(outcome.hosts) == 2
