@@ -263,21 +263,59 @@ def catalog_mesh(
     return mesh
 
 
-def catalog_modes(position: ArrayLike, box_size: float, n_mesh: int) -> Any:
-    """`catalog_mesh` of points of weight one, transformed once and for all, for many calls of `power`.
+@dataclass(frozen=True)
+class Modes:
+    """Fourier modes of the overdensity of points, made once for many cross powers."""
 
-    Returns
-    -------
-    nbodykit.source.mesh.FieldMesh. Its ``attrs`` hold ``N`` and ``shotnoise`` (V/N).
+    mesh: Any
+    """All modes, for `power`: nbodykit.source.mesh.FieldMesh, with ``N`` and ``shotnoise`` (V/N) in ``attrs``."""
+    box_size: float
+    number: int
+    """Points on all ranks."""
+    values: NDArray[np.complex128]
+    """This rank's modes in the bins."""
+    bins: NDArray[np.intp]
+    """The bin of each."""
+    weight: NDArray[np.float64]
+    """2 for those that stand for k and -k, else 1."""
+    n_modes: NDArray[np.float64]
+    """Of each bin, on all ranks."""
+
+    @property
+    def shot_noise(self) -> float:
+        """V/N [(Mpc/h)^3]."""
+        return self.box_size**3 / self.number
+
+    def cross(self, other: "Modes") -> NDArray[np.float64]:
+        """Cross power with other points on the same mesh, as `power` gives it; every rank calls it."""
+        products = self.weight * (self.values * other.values.conj()).real
+        total: NDArray[np.float64] = mpi.world().allreduce(
+            np.bincount(self.bins, products, minlength=self.n_modes.size)
+        )
+        return self.box_size**3 * total / self.n_modes
+
+
+def catalog_modes(position: ArrayLike, box_size: float, n_mesh: int, n_bins: int) -> Modes:
+    """Modes of points of weight one, in the first ``n_bins`` bins; every rank calls it with its own points.
+
+    Painted as `catalog_mesh` does, and with its conditions.
     """
     from nbodykit.source.mesh.field import FieldMesh
 
-    points = catalog_mesh(position, box_size, n_mesh)
-    modes = FieldMesh(points.compute(mode="complex"))
-    number = mpi.world().allreduce(len(np.asarray(position)))
-    modes.attrs.update(N=number, shotnoise=box_size**3 / number)
-    modes.attrs.update(assignment="tsc", compensated=True, interlaced=True)
-    return modes
+    comm = mpi.world()
+    field = catalog_mesh(position, box_size, n_mesh).compute(mode="complex")
+    number = comm.allreduce(len(np.asarray(position)))
+    mesh = FieldMesh(field)
+    mesh.attrs.update(N=number, shotnoise=box_size**3 / number)
+    mesh.attrs.update(assignment="tsc", compensated=True, interlaced=True)
+    waves = [np.rint(k * (box_size / (2 * np.pi))) for k in field.x]
+    radius = np.sqrt(waves[0] ** 2 + waves[1] ** 2 + waves[2] ** 2)
+    bins = np.floor(radius + 0.5).astype(np.intp) - 1
+    inside = (bins >= 0) & (bins < n_bins)
+    weight = np.broadcast_to(np.where(waves[2] == 0, 1.0, 2.0), inside.shape)[inside]
+    bins = bins[inside]
+    n_modes = comm.allreduce(np.bincount(bins, weight, minlength=n_bins))
+    return Modes(mesh, box_size, number, field.value[inside], bins, weight, n_modes)
 
 
 def power(first: Any, second: Any = None) -> Any:

@@ -39,6 +39,7 @@ from galdist.statistics.metrics import MetricRow, metric_row, save_metrics
 from galdist.statistics.spectra import (
     TRUTH,
     Band,
+    Modes,
     arrays,
     catalog_modes,
     gaussian_variance,
@@ -144,6 +145,8 @@ def tracers(config: TracersConfig, inputs: Mapping[str, list[Path]], out: Path) 
     require_nbodykit()
     boxes = _boxes(config, inputs)
     comm = mpi.world()
+    for name in ("CatalogMesh", "MeshSource"):  # nbodykit's: lines for each of hundreds of meshes
+        logging.getLogger(name).setLevel(logging.WARNING)
     parts = {
         box.attrs.name: {name: out / "parts" / box.attrs.name / f"{name}.json" for name in box.measured}
         for box in boxes
@@ -307,49 +310,46 @@ def _check_bins(config: TracersConfig, box: _Box) -> None:
 # What is measured, on all ranks.
 
 
-def _modes(config: TracersConfig, box: _Box, tracers: NDArray[np.int8]) -> dict[int, Any]:
+def _modes(config: TracersConfig, box: _Box, tracers: NDArray[np.int8]) -> dict[int, Modes]:
     """Modes of each tracer that has galaxies."""
     comm = mpi.world()
     return {
         number: catalog_modes(
-            box.position[members[comm.rank :: comm.size]], box.attrs.box_size, config.n_mesh
+            box.position[members[comm.rank :: comm.size]],
+            box.attrs.box_size,
+            config.n_mesh,
+            box.n_bins(config.k_max),
         )
         for number in TRACERS
         if (members := np.flatnonzero(tracers == number)).size
     }
 
 
-def _auto(config: TracersConfig, box: _Box, modes: Mapping[int, Any]) -> dict[str, Any]:
+def _auto(config: TracersConfig, box: _Box, modes: Mapping[int, Modes]) -> dict[str, Any]:
     """Halos, shot noise and power of each tracer."""
     n_bins = box.n_bins(config.k_max)
     found: dict[str, Any] = {}
     for number in TRACERS:
         if number in modes:
-            field = modes[number]
-            n, shot_noise = int(field.attrs["N"]), float(field.attrs["shotnoise"])
-            measured = power(field).power["power"].real[:n_bins] - shot_noise
+            n, shot_noise = modes[number].number, modes[number].shot_noise
+            measured = power(modes[number].mesh).power["power"].real[:n_bins] - shot_noise
         else:
             n, shot_noise, measured = 0, math.nan, np.full(n_bins, np.nan)
         found[str(number)] = {"n": n, "shot_noise": shot_noise, "power": measured}
     return found
 
 
-def _cross(config: TracersConfig, box: _Box, first: Any, second: Any) -> Array:
-    measured: Array = power(first, second).power["power"].real[: box.n_bins(config.k_max)]
-    return measured
-
-
-def _pairs(config: TracersConfig, box: _Box, modes: Mapping[int, Any]) -> dict[str, Array]:
+def _pairs(modes: Mapping[int, Modes]) -> dict[str, Array]:
     """Cross powers of all pairs of tracers."""
-    return {f"{a}x{b}": _cross(config, box, modes[a], modes[b]) for a in modes for b in modes if a < b}
+    return {f"{a}x{b}": modes[a].cross(modes[b]) for a in modes for b in modes if a < b}
 
 
-def _measure_truth(config: TracersConfig, box: _Box, modes: Mapping[int, Any]) -> dict[str, Any]:
+def _measure_truth(config: TracersConfig, box: _Box, modes: Mapping[int, Modes]) -> dict[str, Any]:
     comm = mpi.world()
     if not modes:
         raise ValueError(f"{box.attrs.name} has no galaxy of any tracer among {len(box.tracers)}")
     n_bins = box.n_bins(config.k_max)
-    bins = power(next(iter(modes.values()))).power
+    bins = power(next(iter(modes.values())).mesh).power
     result: dict[str, Any] = {
         "counts": counts(box.tracers),
         "k": bins["k"][:n_bins],
@@ -358,7 +358,7 @@ def _measure_truth(config: TracersConfig, box: _Box, modes: Mapping[int, Any]) -
         "tracers": _auto(config, box, modes),
     }
     if config.cross != "none":
-        result["cross"] = _pairs(config, box, modes)
+        result["cross"] = _pairs(modes)
     if config.jackknife:
         result["jackknife"] = {}
         for number in modes:
@@ -369,7 +369,7 @@ def _measure_truth(config: TracersConfig, box: _Box, modes: Mapping[int, Any]) -
 
 
 def _measure_prediction(
-    config: TracersConfig, box: _Box, prediction: _Prediction, truth: Mapping[int, Any]
+    config: TracersConfig, box: _Box, prediction: _Prediction, truth: Mapping[int, Modes]
 ) -> dict[str, Any]:
     pairs = [confusion(box.tracers, draw) for draw in prediction.draws]
     result: dict[str, Any] = {"confusion": np.mean(pairs, axis=0), "draws": []}
@@ -377,13 +377,13 @@ def _measure_prediction(
         modes = _modes(config, box, draw)
         result["draws"].append(_auto(config, box, modes))
         if index == 0 and config.cross == "all":
-            result["cross"] = _pairs(config, box, modes)
+            result["cross"] = _pairs(modes)
             result["with_truth"] = {}
             for number in modes.keys() & truth.keys():
                 shared = int(pairs[0][number, number])
                 noise = box.attrs.box_size**3 * shared
-                noise /= modes[number].attrs["N"] * truth[number].attrs["N"]
-                measured = _cross(config, box, modes[number], truth[number]) - noise
+                noise /= modes[number].number * truth[number].number
+                measured = modes[number].cross(truth[number]) - noise
                 result["with_truth"][str(number)] = {"power": measured, "shot_noise": noise}
     return result
 
