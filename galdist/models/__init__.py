@@ -6,7 +6,7 @@ knows nothing else of it. A new family is one file and one line in `MODELS`.
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from numpy.typing import NDArray
 from pydantic import SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
@@ -25,11 +25,18 @@ call."""
 MODELS: dict[str, str] = {
     "r2unet-classifier": "galdist.models.r2unet:R2UNetClassifier",
     "r2unet-regressor": "galdist.models.r2unet:R2UNetRegressor",
+    "nn-class": "galdist.models.classes:BinClassifier",
+    "voronoi": "galdist.models.classes:VoronoiClassifier",
+    "nn-gauss": "galdist.models.densities:GaussRegressor",
+    "flow": "galdist.models.densities:Flow",
 }
 
 
 class ModelConfig(StrictModel):
     """Settings of a model family; each family has its own."""
+
+    learns_from: ClassVar[Literal["crops", "rows"]] = "crops"
+    """The `kind` of its training data: `galdist.data`."""
 
     name: str
 
