@@ -49,6 +49,7 @@ STAGES: dict[str, Stage] = {
     "sample": Stage("galdist.training.sample:sample", "ddp", ("catalogs+", "models+"), ranks=2),
     "hod": Stage("galdist.statistics.hod:hod", "serial", ("catalogs+", "grids+")),
     "spectra": Stage("galdist.statistics.spectra:spectra", "mpi", ("grids+", "predictions*"), ranks=2),
+    "scores": Stage("galdist.statistics.scores:scores", "serial", ("catalogs+", "predictions+")),
     "tracers": Stage(
         "galdist.statistics.tracer_spectra:tracers", "mpi", ("catalogs+", "predictions+"), ranks=2
     ),

@@ -280,9 +280,7 @@ def point_metrics(predicted: ArrayLike, truth: ArrayLike, weights: Weights | Non
         axis=1,
     )
     mse, mae, mape, p, t, pp, tt, pt = np.moveaxis(means(moments, weights), 1, 0)
-    # What rounding leaves of the variance of a constant is no variance.
-    variance_p = np.where(np.ptp(predicted, axis=0) > 0, pp - p * p, np.nan)
-    variance_t = np.where(np.ptp(truth, axis=0) > 0, tt - t * t, np.nan)
+    variance_p, variance_t = _variance(pp, p), _variance(tt, t)
     order = np.argsort(residual, axis=0)
     mad = [_median(residual[order[:, i], i], order[:, i], weights) for i in range(residual.shape[1])]
     return {
@@ -294,6 +292,12 @@ def point_metrics(predicted: ArrayLike, truth: ArrayLike, weights: Weights | Non
         "mape": mape.mean(axis=1),
         "pearson": ((pt - p * t) / np.sqrt(variance_p * variance_t)).mean(axis=1),
     }
+
+
+def _variance(second_moment: Array, mean: Array) -> Array:
+    """NaN for constants, of which rounding leaves a little."""
+    variance = second_moment - mean**2
+    return np.where(variance > 1e-12 * second_moment, variance, np.nan)
 
 
 def _ones(n: int) -> Weights:
