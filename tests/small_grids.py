@@ -45,10 +45,9 @@ def make_grids(step: Path, n_mesh: int = 16, splits: Sequence[str] = SPLITS, see
 
 CLASSIFIER: dict[str, Any] = {
     "model": {"name": "r2unet-classifier", "channels": [4, 8], "recurrence": 1, "positive_weight": 20},
-    "data": {"crop": 8, "crops_per_box": 8, "workers": 0},
+    "data": {"crop": 8, "crops_per_box": 8, "workers": 0, "tile": 8},
     "epochs": 2,
     "batch_size": 4,
-    "tile": 8,
     "seed": 3,
 }
 """A training that takes a second."""

@@ -187,7 +187,8 @@ def test_cache_bound_sets_the_window(grids: Path, tmp_path: Path) -> None:
 
 
 def test_validation_batches_cover_the_boxes_whatever_the_ranks(grids: Path, tmp_path: Path) -> None:
-    data = GridData(CropsConfig(crop=8), [grids], ("matter_counts",), tmp_path)
+    config = CropsConfig(crop=8, tile=8, halo=2)
+    data = GridData(config, [grids], ("matter_counts",), tmp_path, alignment=2, reach=9)
     total = data.validation[0].open().read("matter_counts").sum()
 
     def tiles_of(world_size: int, done: int) -> list[list[float | None]]:
@@ -195,7 +196,7 @@ def test_validation_batches_cover_the_boxes_whatever_the_ranks(grids: Path, tmp_
         found: list[list[float | None]] = [[] for _ in range(world_size)]
         for rank, sums in enumerate(found):
             group = ddp.Group(rank, world_size, rank, ALONE.device)
-            for batch in data.validation_batches(group, 8, 2, 2, done):
+            for batch in data.validation_batches(group, done):
                 assert batch is None or batch["halo"] == 2
                 interior = (..., *[slice(2, -2)] * 3)
                 sums.append(None if batch is None else batch["matter_counts"][interior].sum().item())
@@ -217,7 +218,7 @@ def test_batches_come_in_order(grids: Path, tmp_path: Path, workers: int) -> Non
     config = CropsConfig(crop=8, margin=1, crops_per_box=4, workers=workers)
     data = GridData(config, [grids], ("matter_counts", "galaxy_counts"), tmp_path / "cache")
     order = data.sampler(ALONE, 4, 2, seed=2)
-    batches = data.batches(order, seed=2, pin_memory=False)
+    batches = data.batches(ALONE, 4, 2, seed=2)
     random_state = torch.get_rng_state()
     for epoch, first in ((0, 0), (1, 1)):
         order.start_at(epoch, first)
@@ -237,7 +238,7 @@ def test_batches_come_in_order(grids: Path, tmp_path: Path, workers: int) -> Non
 
 def test_a_batch_that_fails_says_so(grids: Path, tmp_path: Path) -> None:
     data = GridData(CropsConfig(crop=8, workers=0), [grids], ["matter_counts"], tmp_path / "cache")
-    batches = data.batches(data.sampler(ALONE, 4, 1, seed=2), seed=2, pin_memory=False)
+    batches = data.batches(ALONE, 4, 1, seed=2)
     batches.start_at(0, 0)
     with small_disk(tmp_path / "cache" / "disk", 1 << 16) as disk, filled(disk):
         data.cache.folder = disk / "host"

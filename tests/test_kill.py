@@ -265,7 +265,7 @@ MINIATURE = [
     *(f"{step}.epochs=3" for step in ("classifier", "regressor")),
     *(f"{step}.data.crop=16" for step in ("classifier", "regressor")),
     *(f"{step}.model.channels=[4, 8]" for step in ("classifier", "regressor")),
-    *(f"{step}.tile=32" for step in ("classifier", "regressor", "r2unet")),
+    *(f"{key}.tile=32" for key in ("classifier.data", "regressor.data", "r2unet")),
 ]
 """What makes the quickstart a matter of minutes."""
 

@@ -27,7 +27,11 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     classifier = CLASSIFIER | {
         "model": {"name": "r2unet-classifier", "positive_weight": 20, "recall": 0.9} | shape
     }
-    fast = {"epochs": 3, "tile": N_MESH, "optimizer": {"learning_rate": 1e-2}}
+    fast = {
+        "epochs": 3,
+        "data": CLASSIFIER["data"] | {"tile": N_MESH},
+        "optimizer": {"learning_rate": 1e-2},
+    }
     train(TrainConfig(**classifier | fast), {"grids": [folder / "grids"]}, folder / "classifier")
     regressor = CLASSIFIER | {"model": {"name": "r2unet-regressor", "nonempty_weight": 5} | shape}
     inputs = {"grids": [folder / "grids"], "models": [folder / "classifier"]}

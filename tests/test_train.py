@@ -183,7 +183,12 @@ def test_schedules() -> None:
     assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
-LONG = {"epochs": 3, "ema_decay": 0.9, "checkpoint_minutes": 1e-6, "data": {"crop": 8, "crops_per_box": 32}}
+LONG = {
+    "epochs": 3,
+    "ema_decay": 0.9,
+    "checkpoint_minutes": 1e-6,
+    "data": {"crop": 8, "crops_per_box": 32, "tile": 8},
+}
 
 
 @pytest.fixture(scope="module")

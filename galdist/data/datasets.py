@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from galdist.config import StrictModel
+from galdist.data import Batch, share, steps_to_read
 from galdist.data.transforms import N_SYMMETRIES, cube_symmetry
 from galdist.grids.store import SimulationGrids, Split, open_store
+from galdist.models import GridObjective, Objective
 from hpc import ddp, durable
-
-Batch = dict[str, Any]
 
 
 class Mesh(Protocol):
@@ -65,6 +65,10 @@ class CropsConfig(StrictModel):
     goes through them in groups of half of it, in an order that changes from epoch to epoch."""
     workers: NonNegativeInt = 1
     """Processes a rank that make batches; 0 makes them in the training process."""
+    tile: PositiveInt = 64
+    """Side of the tiles in which validation boxes are predicted [cells]."""
+    halo: NonNegativeInt | None = None
+    """Cells read around such a tile. By default the model's reach, which makes tiles exact."""
 
     @model_validator(mode="after")
     def _leave_an_interior(self) -> "CropsConfig":
@@ -73,6 +77,23 @@ class CropsConfig(StrictModel):
                 f"margin {self.margin} leaves nothing of crop {self.crop}; it must be below half of it"
             )
         return self
+
+    def open(self, objective: Objective, inputs: Mapping[str, list[Path]], scratch: Path) -> "GridData":
+        """The boxes of the steps under the role ``grids`` for a model of grids.
+
+        Parameters
+        ----------
+        scratch
+            folder for what is kept while training; absent until then.
+
+        Raises
+        ------
+        ValueError
+            where model, boxes and these settings do not fit each other.
+        """
+        assert isinstance(objective, GridObjective)
+        steps = steps_to_read("grids", inputs, objective.config.name)
+        return GridData(self, steps, objective.fields, scratch, objective.alignment, objective.reach)
 
 
 class Box(NamedTuple):
@@ -372,6 +393,11 @@ class TrainingBatches:
         self._iterator: Iterator[Batch] = iter(())
         self._next: futures.Future[list[Batch]] | None = None
 
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return self._sampler.steps
+
     def start_at(self, epoch: int, step: int) -> None:
         """Begin to make the batches of an epoch, from a step on; all of those asked for before are taken."""
         self._sampler.start_at(epoch, step)
@@ -436,16 +462,24 @@ class GridData:
         the fields that the model reads.
     cache_folder
         where decoded boxes are kept while training.
+    alignment, reach
+        of the network: see `galdist.models.GridObjective`.
 
     Raises
     ------
     ValueError
         where there are no training or validation boxes, meshes differ, a field is missing, or the crop does
-        not fit.
+        not fit mesh or network.
     """
 
     def __init__(
-        self, config: CropsConfig, steps: Sequence[Path], fields: Sequence[str], cache_folder: Path
+        self,
+        config: CropsConfig,
+        steps: Sequence[Path],
+        fields: Sequence[str],
+        cache_folder: Path,
+        alignment: int = 1,
+        reach: int = 0,
     ) -> None:
         self.config = config
         self.fields = tuple(fields)
@@ -462,6 +496,15 @@ class GridData:
         if len(meshes) > 1:
             raise ValueError(f"{where}: meshes differ ({meshes}); train on stores of one n_mesh")
         self.n_mesh = next(iter(meshes))
+        for what, cells in (("data.crop", config.crop), ("data.tile", config.tile), ("n_mesh", self.n_mesh)):
+            if cells % alignment:
+                raise ValueError(
+                    f"{what} is {cells}: this network halves its mesh, so it must be a multiple of "
+                    f"{alignment}"
+                )
+        self._tiles = tiles(
+            self.n_mesh, config.tile, reach if config.halo is None else config.halo, alignment
+        )
         for simulation in grids:
             for field in self.fields:
                 simulation.array(field)
@@ -498,11 +541,7 @@ class GridData:
         ValueError
             where ``batch_size`` cannot be shared by ``parts`` on every rank, or exceeds an epoch.
         """
-        if batch_size % (parts * group.world_size):
-            raise ValueError(
-                f"batch_size is {batch_size}: it must be a multiple of ranks x accumulate = "
-                f"{group.world_size} x {parts}, so that every rank does the same work"
-            )
+        share(batch_size, parts, group.world_size)
         sampler = CropSampler(
             len(self.training),
             self.config.crops_per_box,
@@ -521,8 +560,9 @@ class GridData:
             )
         return sampler
 
-    def batches(self, sampler: CropSampler, seed: int, pin_memory: bool) -> TrainingBatches:
-        """Batches of the training samples in the sampler's order."""
+    def batches(self, group: ddp.Group, batch_size: int, parts: int, seed: int) -> TrainingBatches:
+        """Batches of the training samples in the order of `sampler`, which raises for what does not fit."""
+        sampler = self.sampler(group, batch_size, parts, seed)
         workers = self.config.workers
         # Spawned, not forked: the store's decoder has threads, which a fork does not copy.
         processes: dict[str, Any] = (
@@ -538,7 +578,7 @@ class GridData:
             worker_init_fn=_end_when_the_rank_says,
             # Its own, so that starting an epoch draws nothing from the generator that models use.
             generator=torch.Generator(),
-            pin_memory=pin_memory,
+            pin_memory=group.device.type == "cuda",
             **processes,
         )
         return TrainingBatches(loader, sampler)
@@ -548,15 +588,13 @@ class GridData:
         for box in self.training:
             yield box.open().read(field)
 
-    def validation_batches(
-        self, group: ddp.Group, side: int, halo: int, alignment: int, done: int = 0
-    ) -> Iterator[Batch | None]:
+    def validation_batches(self, group: ddp.Group, done: int = 0) -> Iterator[Batch | None]:
         """The validation boxes in rounds: a tile for each rank, None for those that the last round leaves
         out.
 
         All together cover every voxel once. The first ``done`` tiles are left out.
         """
-        blocks = tiles(self.n_mesh, side, halo, alignment)
+        blocks = self._tiles
         held: int | None = None
         whole: dict[str, Mesh] = {}
         n_tiles = len(self.validation) * len(blocks)
@@ -570,6 +608,10 @@ class GridData:
                 whole = {field: grids.read(field) for field in self.fields}
                 held = box
             yield blocks[tile].batch(whole)
+
+    def close(self) -> None:
+        """Training is done: remove the decoded boxes."""
+        self.cache.remove()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -7,7 +7,7 @@ deviation, which travel with the weights; what goes in and comes out has the col
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ Columns = Annotated[tuple[str, ...], Constraint(min_length=1)]
 
 class TableConfig(ModelConfig):
     """What all families of tables have in common."""
+
+    learns_from: ClassVar[Literal["crops", "rows"]] = "rows"
 
     inputs: Columns = ("log_halo_mass", "log_concentration", "formation_redshift", "spin", "overdensity")
     """Columns of the halo. One that the table lacks but the simulation's parameters have (`Omega_m`) is taken

@@ -1,7 +1,6 @@
 """The training loop: one for every model family (stage `train`).
 
-What a family is to the loop is said in `galdist.models.Objective`; what it trains on, in
-`galdist.data.datasets`.
+What a family is to the loop is said in `galdist.models.Objective`; what it trains on, in `galdist.data`.
 """
 
 import contextlib
@@ -18,22 +17,33 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import (
+    BeforeValidator,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic import Field as Constraint
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from galdist.config import StrictModel
-from galdist.data.datasets import Batch, CropsConfig, GridData, to_device
+from galdist.data import Batch, TrainingData
+from galdist.data.datasets import CropsConfig, to_device
+from galdist.data.tables import RowsConfig
 from galdist.models import AnyModelConfig, Objective, build
 from galdist.statistics.metrics import metric_row, save_metrics
-from galdist.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
+from galdist.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model, table_facts
 from hpc import ddp, durable, progress
 
 log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 _PATIENCE = 0.5  # seconds that a rank waits for data before it asks whether to stop
+_WORTH = 20.0  # times what it takes: time after which another checkpoint is worth it, where none is due
 
 _SPEEDS = {
     "samples_per_second": "1/s",
@@ -95,11 +105,24 @@ class CosineSchedule(StrictModel):
 Schedule = Annotated[ConstantSchedule | HalvingSchedule | CosineSchedule, Constraint(discriminator="kind")]
 
 
+def _kind(value: Any, info: ValidationInfo) -> Any:
+    """Settings of the data that say of which kind they are: where they do not, the model does."""
+    if isinstance(value, Mapping) and "kind" not in value and "model" in info.data:
+        return {"kind": info.data["model"].learns_from, **value}
+    return value
+
+
+Data = Annotated[
+    Annotated[CropsConfig | RowsConfig, Constraint(discriminator="kind")], BeforeValidator(_kind)
+]
+
+
 class TrainConfig(StrictModel):
     """Settings of a training run."""
 
     model: AnyModelConfig
-    data: CropsConfig = CropsConfig()
+    data: Data = Constraint(default_factory=dict, validate_default=True)
+    """What it is trained on; `kind` is what the model learns from."""
     epochs: PositiveInt
     batch_size: PositiveInt = 16
     """Samples of an optimizer step, over all ranks: the number of ranks does not change what is learned."""
@@ -116,12 +139,9 @@ class TrainConfig(StrictModel):
     """bf16 is autocast: weights and optimizer stay float32."""
     early_stopping: PositiveInt | None = None
     """Epochs without a lower validation loss after which training ends."""
-    tile: PositiveInt = 64
-    """Side of the tiles in which validation boxes are predicted [cells]."""
-    halo: NonNegativeInt | None = None
-    """Cells read around such a tile. By default the model's reach, which makes tiles exact."""
     checkpoint_minutes: PositiveFloat = 10.0
-    """Time between checkpoints within an epoch; its validation comes between two others."""
+    """Most time between checkpoints. There is one before and one after an epoch's validation too, but where
+    epochs are so short that writing these would take more than a twentieth of the time."""
     keep_checkpoints: Annotated[int, Constraint(ge=2)] = 2
     """How many of the newest checkpoints stay, each with the best weights so far. Two at least: where the
     newest turns out damaged, the one before it is used."""
@@ -132,6 +152,15 @@ class TrainConfig(StrictModel):
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_for_the_model(self) -> "TrainConfig":
+        if self.data.kind != self.model.learns_from:
+            raise ValueError(
+                f"data.kind is {self.data.kind!r}, but {self.model.name} learns from "
+                f"{self.model.learns_from!r}: leave it out"
             )
         return self
 
@@ -154,23 +183,24 @@ class Position:
     waited_for_device: float = 0.0
     """Seconds of these in which the GPU was waited for."""
     validated: int = 0
-    """Tiles of the epoch's validation that are done."""
+    """Batches of the epoch's validation that are done."""
 
 
 def train(config: TrainConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
-    """Train a model on the training boxes of grid stores; choose its best epoch on their validation boxes.
+    """Train a model on the training boxes or rows; choose its best epoch on those for validation.
 
     Every rank calls it. Called again on the same folder it continues from the last checkpoint and ends with
     the weights that an uninterrupted run has (bitwise on CPUs with the same number of ranks). SIGTERM and
-    SIGINT save a checkpoint at the next step or tile of a validation. Where the disk is full, a checkpoint is
-    tried again when the next one is due, and training goes on.
+    SIGINT save a checkpoint at the next step or batch of a validation. Where the disk is full, a checkpoint
+    is tried again when the next one is due, and training goes on.
 
     Parameters
     ----------
     config
         settings.
     inputs
-        `grids`: steps with a `grids.zarr`; `models`: train steps whose models this one builds on.
+        `grids`: steps with a `grids.zarr`, for models of grids; `catalogs`: steps with a `catalog.zarr` of
+        central galaxies, for models of tables; `models`: train steps whose models this one builds on.
     out
         step folder. Gets `model/` (best epoch), `checkpoints/`, `history.jsonl`, `tensorboard/`,
         `metrics.json`.
@@ -202,22 +232,11 @@ class _Training:
         stop: ddp.StopRequest,
     ) -> None:
         self.config, self.out, self.group, self.stop = config, out, group, stop
+        self.catalogs = inputs.get("catalogs", [])
         torch.manual_seed(config.seed)  # all ranks: the same weights
         parts = [load_model(step)[0] for step in inputs.get("models", [])]
         self.objective: Objective = build(config.model, parts)
-        self.data = GridData(config.data, inputs["grids"], self.objective.fields, out / "cache")
-        alignment = self.objective.alignment
-        for name, cells in (
-            ("data.crop", config.data.crop),
-            ("tile", config.tile),
-            ("n_mesh", self.data.n_mesh),
-        ):
-            if cells % alignment:
-                raise ValueError(
-                    f"{name} is {cells}: {config.model.name} with these settings halves its mesh, so it must "
-                    f"be a multiple of {alignment}"
-                )
-        self.sampler = self.data.sampler(group, config.batch_size, config.accumulate, config.seed)
+        self.data: TrainingData = config.data.open(self.objective, inputs, out / "cache")
 
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep_checkpoints)
         resumed: str | None = group.broadcast(self.checkpoints.latest() if group.is_main else None)
@@ -228,8 +247,8 @@ class _Training:
         self.best: dict[str, Tensor] = {}  # of the main rank: weights of the best epoch
         self.losses = torch.zeros((), dtype=torch.float64, device=group.device)
         self.rehearsed = group.world_size <= 2  # the sum of two is the same in any order
-        self.sums: dict[str, Tensor] = {}  # what this rank's tiles of the validation add up to
-        self.batches = self.data.batches(self.sampler, config.seed, pin_memory=group.device.type == "cuda")
+        self.sums: dict[str, Tensor] = {}  # what this rank's part of the validation adds up to
+        self.batches = self.data.batches(group, config.batch_size, config.accumulate, config.seed)
         self._start_batches()  # now: workers start while the model is being made ready
 
         if resumed is None:
@@ -252,12 +271,13 @@ class _Training:
         if resumed is not None and state is not None:
             self._restore(resumed, state)
         self.saved_at = time.monotonic()
+        self.saving = 0.0  # seconds that the last checkpoint took
         self.device = _DeviceClock(group.device)
         self.board = _Board(out / "tensorboard" if group.is_main else None, self._global_step())
 
     def run(self) -> None:
         """Train until the last epoch or early stopping, then write the best model."""
-        while self.position.epoch < self.config.epochs and not self._stalled():
+        while not self._is_done():
             self._train_epoch()
             self._start_batches()  # workers are busy during validation
             row = self._validate()
@@ -272,7 +292,7 @@ class _Training:
                 epoch=position.epoch + 1, best_epoch=position.best_epoch, best_loss=position.best_loss
             )
             self.sums = {}
-            self._save()
+            self._save_around_validation(must=self._is_done())
         if self.group.is_main:
             try:
                 self._finish()
@@ -315,7 +335,7 @@ class _Training:
 
     def _train_epoch(self) -> None:
         config, group, position = self.config, self.group, self.position
-        n_steps = self.sampler.steps
+        n_steps = self.batches.steps
         self.wrapped.train()
         self.device.start()
         while position.step < n_steps:
@@ -340,7 +360,8 @@ class _Training:
             position.seconds += time.perf_counter() - began
             self._report(norm)
             if position.step == n_steps:
-                self._save()
+                self._add_losses()
+                self._save_around_validation()
 
     def _next_step(self) -> list[Batch]:
         """The batches of the next step, as soon as every rank has its own."""
@@ -361,6 +382,13 @@ class _Training:
         """Whether any rank was asked to stop, a checkpoint is due, and any rank waits."""
         due = self.group.is_main and time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         return self.group.any(bool(self.stop), due, waiting)
+
+    def _save_around_validation(self, must: bool = False) -> None:
+        """Save before or after a validation, where that is worth its time or ``must`` be."""
+        since = time.monotonic() - self.saved_at
+        worth = self.group.is_main and since > min(_WORTH * self.saving, 60 * self.config.checkpoint_minutes)
+        if any(self.group.any(worth, must)):
+            self._save()
 
     def _heed(self, stop: bool, save: bool) -> None:
         """Save where that is due, and stop where that was asked for."""
@@ -404,7 +432,7 @@ class _Training:
     def _report(self, norm: Tensor) -> None:
         if not self.group.is_main:
             return
-        position, n_steps = self.position, self.sampler.steps
+        position, n_steps = self.position, self.batches.steps
         progress.report(
             position.epoch + position.step / n_steps,
             self.config.epochs,
@@ -425,10 +453,7 @@ class _Training:
         position, group = self.position, self.group
         model = self._validated()
         model.eval()
-        halo = model.reach if self.config.halo is None else self.config.halo
-        for batch in self.data.validation_batches(
-            group, self.config.tile, halo, model.alignment, position.validated
-        ):
+        for batch in self.data.validation_batches(group, position.validated):
             if batch is not None:
                 with self._autocast():
                     new, fields = model.evaluate(to_device(batch, group.device))
@@ -497,22 +522,24 @@ class _Training:
     def _write_history(self) -> None:
         durable.write_text(self.out / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
 
-    def _stalled(self) -> bool:
-        patience = self.config.early_stopping
-        return patience is not None and self.position.epoch - 1 - self.position.best_epoch >= patience
+    def _is_done(self) -> bool:
+        patience, position = self.config.early_stopping, self.position
+        stalled = patience is not None and position.epoch - 1 - position.best_epoch >= patience
+        return stalled or position.epoch >= self.config.epochs
 
     def _global_step(self) -> int:
-        return self.position.epoch * self.sampler.steps + self.position.step
+        return self.position.epoch * self.batches.steps + self.position.step
 
     def _start_batches(self) -> None:
         """Let workers begin to make batches from the position on."""
         epoch, step = self.position.epoch, self.position.step
-        if step == self.sampler.steps:  # the epoch's last step is done, its validation is not
+        if step == self.batches.steps:  # the epoch's last step is done, its validation is not
             epoch, step = epoch + 1, 0
         self.batches.start_at(epoch, step)
 
     def _save(self, must: bool = False) -> None:
         """Write a checkpoint to resume from; unless it ``must`` succeed, a full disk is a warning."""
+        began = time.monotonic()
         self._add_losses()
         ranks = self.group.gather({"random": _random_state(), "sums": _on_cpu(self.sums)})
         if self.group.is_main:
@@ -535,6 +562,7 @@ class _Training:
                     raise self._lost(error) from error
                 log.warning("%s. Training goes on; the next checkpoint is tried when it is due", error)
         self.saved_at = time.monotonic()
+        self.saving = self.saved_at - began
 
     def _lost(self, error: durable.NotEnoughSpace) -> CheckpointError:
         newest = self.checkpoints.latest()
@@ -573,7 +601,7 @@ class _Training:
 
     def _finish(self) -> None:
         best = self.history[self.position.best_epoch]
-        facts = {"epoch": best["epoch"], "metrics": best}
+        facts = {"epoch": best["epoch"], "metrics": best, **table_facts(self.objective, self.catalogs)}
         save_model(self.out / "model", self._validated(), self.best, facts)
         rows = [
             metric_row(name, "validation", value)
@@ -590,7 +618,7 @@ class _Training:
             self._write_history()
             save_metrics(self.out, rows)
         self.board.close()
-        self.data.cache.remove()
+        self.data.close()
 
 
 class _DeviceClock:

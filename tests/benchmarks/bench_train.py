@@ -103,11 +103,9 @@ def ours(
     """Samples a second of the `train` stage, and the fraction of its time that is spent waiting for data."""
     config = TrainConfig(
         model={"name": "r2unet-classifier", "channels": channels, "recurrence": recurrence},  # type: ignore[arg-type]
-        data={"crop": CROP, "crops_per_box": steps * BATCH},  # type: ignore[arg-type]
+        data={"crop": CROP, "crops_per_box": steps * BATCH, "tile": CROP, "halo": 0},  # type: ignore[arg-type]
         epochs=2,
         batch_size=BATCH,
-        tile=CROP,
-        halo=0,
         precision=precision,  # type: ignore[arg-type]
     )
     train(config, {"grids": [grids]}, out)

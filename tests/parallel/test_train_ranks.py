@@ -23,7 +23,7 @@ from hpc import progress
 
 CONFIG: dict[str, Any] = CLASSIFIER | {
     "batch_size": 4,
-    "data": {"crop": 8, "margin": 1, "crops_per_box": 16, "workers": 0},
+    "data": {"crop": 8, "margin": 1, "crops_per_box": 16, "workers": 0, "tile": 8},
     "clip_norm": 0.5,
     "ema_decay": 0.9,
 }
@@ -124,7 +124,7 @@ def test_one_asked_to_stop_stops_all_at_one_step(grids: Path, tmp_path: Path) ->
 
 
 STOPPED = 128 + signal.SIGTERM
-TILES = CONFIG | {"tile": 2, "halo": 2, "checkpoint_minutes": 60}
+TILES = CONFIG | {"data": CONFIG["data"] | {"tile": 2, "halo": 2}, "checkpoint_minutes": 60}
 """A validation of 512 tiles."""
 
 
@@ -202,9 +202,7 @@ def test_ten_stops_need_no_hand(grids: Path, tmp_path: Path, n_ranks: int) -> No
     """SIGTERM to all processes at any moment: while they start, decode, train, validate or write."""
     config = NOISY | {
         "epochs": 12,
-        "tile": 4,
-        "halo": 2,
-        "data": {"crop": 8, "margin": 1, "crops_per_box": 32, "workers": 1},
+        "data": {"crop": 8, "margin": 1, "crops_per_box": 32, "workers": 1, "tile": 4, "halo": 2},
     }
     modules = ("noisy_objective",)
     uninterrupted = trained(grids, tmp_path / "uninterrupted", n_ranks, config, modules)
