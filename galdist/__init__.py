@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from galdist.inference import load_model
     from galdist.run import open_run
 
-__all__ = ["__version__", "open_run"]
+__all__ = ["__version__", "load_model", "open_run"]
 __version__ = "0.2.0"
 
 
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from galdist.run import open_run
 
         return open_run
+    if name == "load_model":
+        from galdist.inference import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

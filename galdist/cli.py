@@ -407,6 +407,72 @@ def tensorboard(
             return
 
 
+@app.command()
+def predict(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A train step's folder, or the model folder in it; several models of different properties "
+            "are used side by side.",
+        ),
+    ],
+    catalog: Annotated[
+        Path, typer.Argument(metavar="CATALOG", help="Your table of halos: .parquet, .csv or .hdf5.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="Where the galaxies go.")],
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Draws for each halo. Default: 1.")
+    ] = None,
+    point: Annotated[
+        bool, typer.Option("--point", help="The best single value of each property instead.")
+    ] = False,
+    quantiles: Annotated[
+        str | None,
+        typer.Option(metavar="LEVELS", help="Quantiles of each property instead, such as .05,.5,.95"),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLUMN",
+            help="Where an input is in your table: log_halo_mass=M200, 'log_halo_mass=log10(M200)', or a "
+            "number for all halos: Omega_m=0.3. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+) -> None:
+    """Give the halos of a table their galaxies, by a trained model.
+
+    The result has a row for each halo and sample: halo (row of the table, from 0), sample, the properties.
+    """
+    import signal
+
+    from galdist import inference
+    from galdist.training.checkpoint import CheckpointError
+    from hpc.durable import NotEnoughSpace
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no half file stays
+
+    def tell(done: "inference.Done", total: int | None) -> None:
+        if sys.stderr.isatty():
+            of = f" of {total}" if total is not None else ""
+            print(f"\r{done.halos}{of} halos", end="\r", file=sys.stderr, flush=True)
+
+    try:
+        wanted = inference.parse_wanted(samples, point, quantiles, seed)
+        renamed = inference.parse_columns(columns or [])
+        done = inference.predict_file(inference.load_model(*models), catalog, out, wanted, renamed, tell)
+    except CheckpointError as error:
+        _fail(str(error), 2)
+    except NotEnoughSpace as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail(f"stopped: {out} was not written", 130)
+    else:
+        print(f"{out}: {done.rows} rows")
+        _say(str(done))
+
+
 @app.command("list")
 def list_all() -> None:
     """List the experiments that ship, the stages and the models."""
