@@ -50,7 +50,7 @@ class ScoresConfig(StrictModel):
     """Probabilities of the central intervals whose coverage is counted."""
     bootstrap: Annotated[int, Constraint(ge=2)] = 100
     """Resamplings of the rows."""
-    floor_draws: Annotated[int, Constraint(ge=2)] = 20
+    floor_draws: Annotated[int, Constraint(ge=2)] = 50
     """Pairs of true samples that a noise floor is the mean of."""
     seed: int = 0
 
