@@ -448,7 +448,6 @@ def predict(
     import signal
 
     from galdist import inference
-    from galdist.training.checkpoint import CheckpointError
     from hpc.durable import NotEnoughSpace
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no half file stays
@@ -462,7 +461,7 @@ def predict(
         wanted = inference.parse_wanted(samples, point, quantiles, seed)
         renamed = inference.parse_columns(columns or [])
         done = inference.predict_file(inference.load_model(*models), catalog, out, wanted, renamed, tell)
-    except CheckpointError as error:
+    except inference.CheckpointError as error:
         _fail(str(error), 2)
     except NotEnoughSpace as error:
         _fail(str(error), 1)

@@ -21,6 +21,7 @@ import galdist
 from galdist.catalogs.columns import QUANTITIES, ColumnSource
 from galdist.catalogs.samples import rows_per_chunk
 from galdist.simulations.simulation import SimulationError
+from galdist.training.checkpoint import CheckpointError as CheckpointError
 from galdist.training.sample import Union, user_name
 from hpc import durable
 from hpc.strict import Problem, SettingsError, did_you_mean
