@@ -166,6 +166,8 @@ def write_groups(
                 "GroupLen": (truth.halo_mass[rows] / truth.mass[0]).astype("i4"),
                 "Group_M_Crit200": 0.8 * mass,
                 "Group_R_Crit200": radius,
+                "Group_M_TopHat200": 0.9 * mass,
+                "Group_R_TopHat200": 1.3 * radius,
                 "GroupNsubs": n_subhalos[rows].astype("i4"),
                 # As unsigned numbers, which make -1 into 4294967295.
                 "GroupFirstSub": np.where(n_subhalos[rows] > 0, first[rows], -1).astype("i4").view("u4"),
@@ -178,7 +180,13 @@ def write_groups(
             mass_type = np.zeros((n_subs, 6))
             mass_type[:, 1], mass_type[:, 4] = 100, truth.stellar_mass[inside] / 1e10
             photometry = np.tile([-20.0, -20.2, -21, -23, -20.5, -21.1, -21.4, -21.6], (n_subs, 1))
+            # Of the halo's sphere of 200 times the critical density: 1.3 V, and 0.05 sqrt(2) R V as spin.
+            host = truth.galaxy_halo[inside] - rows.start
+            virial = np.sqrt(43009.1727 * 0.8 * mass[host] / radius[host])
+            spin = np.sqrt(2) * 0.05 * radius[host] * virial
             subhalo = {
+                "SubhaloVmax": 1.3 * virial,
+                "SubhaloSpin": spin[:, None] * np.array([0.6, 0, 0.8]),
                 "SubhaloPos": truth.galaxy_position[inside] * 1e3,
                 "SubhaloVel": np.full((n_subs, 3), 50.0),
                 "SubhaloMassType": mass_type,

@@ -40,10 +40,14 @@ UNITS = {
     "mass": "Msun/h",
     "mass_200c": "Msun/h",
     "radius_200c": "Mpc/h",
+    "mass_vir": "Msun/h",
+    "radius_vir": "Mpc/h",
     "stellar_mass": "Msun/h",
     "star_formation_rate": "Msun/yr",
     "color_gi": "mag",
     "half_mass_radius": "Mpc/h",
+    "v_max": "km/s",
+    "angular_momentum": "Mpc/h km/s",
 }
 """Of the columns that have units; numbers and rows have none."""
 

@@ -20,6 +20,7 @@ from pydantic import NonNegativeFloat, model_validator
 
 from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
 from galdist.catalogs.columns import ColumnName, Columns, Rows, TableSource, check_columns, read_table
+from galdist.catalogs.structure import HalosConfig, read_catalog
 from galdist.config import StrictModel
 from galdist.grids.store import SimulationAttrs, Split, StoreError, unknown_name
 from galdist.simulations.simulation import SimulationError
@@ -61,6 +62,12 @@ class SimulationsSplit(StrictModel):
     test: Fraction | tuple[str, ...] = 0.15
 
 
+class CatalogsSplit(StrictModel):
+    """Whole simulations, as the step under ``catalogs`` has them."""
+
+    kind: Literal["catalogs"]
+
+
 class NullConfig(StrictModel):
     """What stands for a specific star formation rate of zero: numbers drawn from N(mean, sigma).
 
@@ -80,10 +87,14 @@ class CentralsConfig(StrictModel):
 
     tables: tuple[TableSource, ...] = ()
     """By default the simulations of the step named under ``catalogs``."""
+    halos: HalosConfig = HalosConfig()
+    """What is taken from a step under ``catalogs``."""
     minimum: dict[ColumnName, float] = Constraint(default_factory=dict)
     """Least value of columns, such as {log_halo_mass: 10.5}: other rows are left out."""
     null_ssfr: NullConfig = NullConfig()
-    split: RowsSplit | SimulationsSplit = Constraint(default=RowsSplit(), discriminator="kind")
+    split: RowsSplit | SimulationsSplit | CatalogsSplit = Constraint(
+        default=RowsSplit(), discriminator="kind"
+    )
     seed: int = 0
     """Of the split and of the null rates."""
 
@@ -125,14 +136,21 @@ def centrals(config: CentralsConfig, inputs: Mapping[str, list[Path]], out: Path
             "centrals: give either `tables` in the config or a step under `inputs: catalogs`, got "
             f"{'both' if config.tables else 'neither'}"
         )
+    if config.tables and isinstance(config.split, CatalogsSplit):
+        raise SimulationError("split: tables say nothing of splits; choose kind tracers, rows or simulations")
     simulations = list(chain.from_iterable(read_table(source) for source in config.tables))
+    for step in given or ():
+        store = open_catalog(step / "catalog.zarr")
+        simulations += [read_catalog(store, name, config.halos) for name in store.names()]
     names = [rows.attrs.name for rows in simulations]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SimulationError(f"{twice[0]}: two simulations have this name; give each table another one")
+    whole: dict[str, Split] = {
+        rows.attrs.name: "train" if isinstance(config.split, RowsSplit) else rows.attrs.split
+        for rows in simulations
+    }
     if isinstance(config.split, SimulationsSplit):
         whole = split_simulations(names, config.split, config.seed)
-    else:
-        whole = {}
     writer = CatalogWriter(out / "catalog.zarr")
     for done, rows in enumerate(simulations):
         name = rows.attrs.name
@@ -146,7 +164,7 @@ def centrals(config: CentralsConfig, inputs: Mapping[str, list[Path]], out: Path
         else:
             columns["split"] = np.full(n_rows, SPLITS.index(whole[name]), np.int8)
         facts["split"] = {**config.split.model_dump(mode="json"), "seed": config.seed}
-        attrs = rows.attrs.model_copy(update={"split": whole.get(name, "train")})
+        attrs = rows.attrs.model_copy(update={"split": whole[name]})
         writer.add(attrs, {TABLE: columns}, rows.units, {TABLE: facts})
         parts = np.bincount(columns["split"], minlength=len(SPLITS))
         log.info("%s: %s", name, ", ".join(f"{n} {split}" for n, split in zip(parts, SPLITS, strict=True)))

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numba import njit
 
-from galdist.constants import CRITICAL_DENSITY
+from galdist.constants import CRITICAL_DENSITY, GRAVITY
 from galdist.simulations.cola import (
     Cosmology,
     Particles,
@@ -23,7 +23,6 @@ from galdist.simulations.cola import (
 LINKING_LENGTH = 0.2  # mean particle separations
 MINIMUM_PARTICLES = 20
 ENVIRONMENT_RADIUS = 3.0  # Mpc/h
-GRAVITY = 4.30091727e-9  # Mpc (km/s)^2 / Msun; the same number with Mpc/h and Msun/h
 _SEARCH = 1.6  # spherical overdensities are looked for out to this many R200m of the friends-of-friends mass
 _CORE_FRACTION, _CORE_MINIMUM = 0.1, 10  # particles that define a halo's center and its velocity
 

@@ -258,11 +258,13 @@ def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
     dict
         ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``mass`` [Msun/h] of all linked particles,
         ``mass_200c`` [Msun/h] and ``radius_200c`` [Mpc/h] of the sphere with 200 times the critical density,
-        ``n_particles``.
+        ``n_particles``. Where the files have it, ``mass_vir`` and ``radius_vir`` of the sphere with the
+        virial density of Bryan & Norman (1998).
     """
     fields = ("GroupPos", "GroupVel", "GroupMass", "Group_M_Crit200", "Group_R_Crit200", "GroupLen")
-    catalog, header, _ = _read_catalog(files, "Group", fields, complete)
-    return {
+    virial = _held(files, "Group", ("Group_M_TopHat200", "Group_R_TopHat200"))
+    catalog, header, _ = _read_catalog(files, "Group", (*fields, *virial), complete)
+    halos = {
         "position": catalog["GroupPos"],
         # The files have GroupVel in km/s/a: the peculiar velocity is GroupVel / a.
         "velocity": catalog["GroupVel"] * np.float32(header.velocity / header.scale_factor),
@@ -271,6 +273,10 @@ def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
         "radius_200c": catalog["Group_R_Crit200"].astype(np.float64) * header.length,
         "n_particles": catalog["GroupLen"].astype(np.int64),
     }
+    if len(virial) == 2:
+        halos["mass_vir"] = catalog["Group_M_TopHat200"].astype(np.float64) * header.mass
+        halos["radius_vir"] = catalog["Group_R_TopHat200"].astype(np.float64) * header.length
+    return halos
 
 
 def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool = True) -> Columns:
@@ -285,7 +291,8 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
         ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``stellar_mass`` [Msun/h],
         ``star_formation_rate`` [Msun/yr], ``color_gi`` (g - i) [mag], ``half_mass_radius`` of the stars
         [Mpc/h], ``halo`` (row of the galaxy's halo in `read_halos` of the same files, -1 where the files
-        lack it), ``is_central``.
+        lack it), ``is_central``. Of the whole subhalo, where the files have it: ``v_max``, the largest
+        circular velocity [km/s], and ``angular_momentum`` (n, 3), specific [physical Mpc/h km/s].
     """
     fields = (
         "SubhaloPos",
@@ -308,11 +315,12 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
             else massive
         )
 
-    catalog, header, n_subhalos = _read_catalog(files, "Subhalo", fields, complete, is_galaxy)
+    structure = _held(files, "Subhalo", ("SubhaloVmax", "SubhaloSpin"))
+    catalog, header, n_subhalos = _read_catalog(files, "Subhalo", (*fields, *structure), complete, is_galaxy)
     halo, is_central = _membership(files, catalog, n_subhalos, complete)
     photometry = catalog["SubhaloStellarPhotometrics"]
     radius = catalog["SubhaloHalfmassRadType"][:, STARS].astype(np.float64)
-    return {
+    galaxies = {
         "position": catalog["SubhaloPos"],
         "velocity": catalog["SubhaloVel"] * np.float32(header.velocity),
         "stellar_mass": catalog["SubhaloMassType"][:, STARS].astype(np.float64) * header.mass,
@@ -322,6 +330,11 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
         "halo": halo,
         "is_central": is_central,
     }
+    if "SubhaloVmax" in structure:
+        galaxies["v_max"] = catalog["SubhaloVmax"] * np.float32(header.velocity)
+    if "SubhaloSpin" in structure:
+        galaxies["angular_momentum"] = catalog["SubhaloSpin"] * np.float32(header.length * header.velocity)
+    return galaxies
 
 
 def _membership(
@@ -548,7 +561,19 @@ def _read_catalog(
     return catalog, header, n_rows
 
 
+def _held(
+    files: Sequence[Path], group: Literal["Group", "Subhalo"], fields: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Those of ``fields`` that a catalogue has: its first chunk with rows shows it."""
+    for file in files:
+        if read_header(file).n_rows(group)[0]:
+            with _open(file) as hdf5:
+                return tuple(name for name in fields if f"{group}/{name}" in hdf5)
+    return fields
+
+
 _WIDTHS = {
+    "SubhaloSpin": (3,),
     "GroupPos": (3,),
     "GroupVel": (3,),
     "SubhaloPos": (3,),
