@@ -539,7 +539,7 @@ def tng300(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Centr
 
 class TestRealTables:
     def test_size_and_tracers_of_the_test_split(self, tng300: Centrals) -> None:
-        """The published counts of the seven tracers are of the simulation, the table is an emulation of it."""
+        """The published counts of the tracers are of the simulation, the table is an emulation of it."""
         assert len(tng300) == pytest.approx(0.15 * 174_527, abs=8)
         counts = np.bincount(tracer(tng300.columns["log_stellar_mass"], tng300.columns["color_gi"]))
         published = np.array([1497, 1942, 1777, 2300, 482, 11172, 6908])

@@ -35,7 +35,7 @@ class Quantity:
 QUANTITIES = {
     "log_halo_mass": Quantity("halo mass", "log10 Msun/h", 7, 17),
     "log_concentration": Quantity("concentration", "log10", -1, 4),
-    "spin": Quantity("spin parameter", "", 0, 5),
+    "spin": Quantity("spin parameter", "", 0, 20),
     "formation_redshift": Quantity("redshift at which half of the mass was assembled", "", -0.01, 50),
     "overdensity": Quantity("density within 3 Mpc/h over the mean", "", -1, 1e5),
     "log_stellar_mass": Quantity("stellar mass", "log10 Msun/h", 4, 14),
