@@ -268,7 +268,7 @@ class Modes:
     """Fourier modes of the overdensity of points, made once for many cross powers."""
 
     mesh: Any
-    """All modes, for `power`: nbodykit.source.mesh.FieldMesh, with ``N`` and ``shotnoise`` (V/N) in ``attrs``."""
+    """All modes, for `power`: nbodykit.source.mesh.FieldMesh with ``N`` and ``shotnoise`` in ``attrs``."""
     box_size: float
     number: int
     """Points on all ranks."""
