@@ -27,6 +27,9 @@ MODELS: dict[str, str] = {
     "r2unet-regressor": "galdist.models.r2unet:R2UNetRegressor",
     "nn-class": "galdist.models.classes:BinClassifier",
     "voronoi": "galdist.models.classes:VoronoiClassifier",
+    "src": "galdist.models.quantiles:SumOfQuantiles",
+    "sqr": "galdist.models.quantiles:SimultaneousQuantiles",
+    "autoregressive-sqr": "galdist.models.quantiles:AutoregressiveQuantiles",
     "nn-gauss": "galdist.models.densities:GaussRegressor",
     "flow": "galdist.models.densities:Flow",
 }

@@ -1,9 +1,10 @@
-"""Losses of sparse targets, per voxel.
+"""Losses of sparse targets, per voxel, and of quantiles, per value.
 
 None of them is normalized by what a batch happens to hold (the sum of its weights, its number of galaxies):
 means over ranks then equal the mean over the whole batch, so that 2 ranks train as 1 does.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,3 +43,22 @@ def unweighted_mean(mean: Tensor, occupied: Tensor, nonempty_weight: float) -> T
     holds anything: voxels with galaxies are counted w times.
     """
     return mean * (1 + (nonempty_weight - 1) * occupied) / nonempty_weight
+
+
+def pinball(predicted: Tensor, true: Tensor, levels: Tensor) -> Tensor:
+    """Pinball (quantile) loss max(l e, (l - 1) e) with e = true - predicted (Koenker & Bassett 1978).
+
+    Parameters
+    ----------
+    predicted, true
+        values, of shapes that broadcast.
+    levels
+        l in (0, 1), of a shape that broadcasts with theirs.
+
+    Returns
+    -------
+    Tensor of the broadcast shape. Its mean is least where ``predicted`` is the quantile at level l; twice its
+    mean over l ~ U(0, 1) is the continuous ranked probability score.
+    """
+    error = true - predicted
+    return torch.maximum(levels * error, (levels - 1) * error)
