@@ -1,5 +1,7 @@
 """Galaxies drawn from trained models of tables: `Union`, and the stage `sample` that fills a samples store.
 
+`fill` does so with whatever draws galaxies (`Drawer`): trained models, or a baseline.
+
 Rows are drawn in chunks, and a chunk's draws depend on the seed and its number alone: whoever makes it, in
 whatever order, on however many ranks. In memory are a chunk of samples and the rows that it is made for.
 """
@@ -9,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +49,48 @@ class SampleConfig(StrictModel):
     label: str | None = None
     """What people call the model: seeds of one model share it. By default the names of the families."""
     seed: NonNegativeInt = 0
+
+
+class Drawer(Protocol):
+    """What gives halos galaxies. Arrays are as `Union` has them."""
+
+    @property
+    def name(self) -> str:
+        """Of the family."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """Of the targets."""
+
+    @property
+    def source_columns(self) -> Mapping[str, str]:
+        """Target -> its name in the table that was learned from."""
+
+    @property
+    def checkpoints(self) -> Sequence[str]:
+        """sha256 of the weights, where there are any."""
+
+    @property
+    def low(self) -> NDArray[np.float32]:
+        """(d,) least training values of the inputs."""
+
+    @property
+    def high(self) -> NDArray[np.float32]:
+        """(d,) greatest ones."""
+
+    def point(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+    def sample(
+        self, inputs: NDArray[np.float32], n: int, seed: int, chunk: int = 0
+    ) -> NDArray[np.float32]: ...
+
+    def quantiles(self, inputs: NDArray[np.float32], levels: Sequence[float]) -> NDArray[np.float32]: ...
 
 
 class Union:
@@ -97,6 +141,11 @@ class Union:
                 self.columns.setdefault(name, about)
         self.inputs = tuple(dict.fromkeys(name for model in self.models for name in model.inputs))
         self.targets = tuple(owner)
+        about = {name: facts for name, facts in self.columns.items() if name in self.targets}
+        self.units = {name: str(facts["units"]) for name, facts in about.items()}
+        """Of the targets."""
+        self.source_columns = {name: user_name(name, facts) for name, facts in about.items()}
+        """Target -> its name in the table that was learned from."""
         self.name = " + ".join(dict.fromkeys(model.config.name for model in self.models))
         """Names of the families."""
         self._places = [[self.inputs.index(name) for name in model.inputs] for model in self.models]
@@ -201,30 +250,44 @@ def sample(config: SampleConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         where a signal asked to stop, before the next chunk; chunks that are done stay.
     """
     with ddp.group() as group, ddp.stop_requests() as stop:
-        union = Union(inputs["models"], group.device)
-        tables = _tables(inputs["catalogs"], config.split, union)
-        path, parts = out / "samples.zarr", out / "parts"
+        fill(config, Union(inputs["models"], group.device), inputs["catalogs"], out, group, stop)
+
+
+def fill(
+    config: SampleConfig,
+    model: Drawer,
+    catalogs: Sequence[Path],
+    out: Path,
+    group: ddp.Group,
+    stop: ddp.StopRequest,
+) -> None:
+    """Fill `out / "samples.zarr"` with what ``model`` draws, and write `metrics.json`; every rank calls it.
+
+    Parameters and errors are those of `sample`.
+    """
+    tables = _tables(catalogs, config.split, model)
+    path, parts = out / "samples.zarr", out / "parts"
+    if group.is_main:
+        _create(path, parts, config, model, tables)
+    group.barrier()
+    work = _Sampling(config, model, open_samples(path, mode="r+"), parts)
+    items = [(table, start) for table in tables for start in work.store.starts(table.name)]
+    # As the main rank sees it: a file system may show the others less, and all must share alike.
+    missing = group.broadcast([n for n in range(len(items)) if not work.part(n).exists()])
+    done = len(items) - len(missing)
+    for first in range(0, len(missing), group.world_size):
+        if group.any(bool(stop))[0]:
+            raise ddp.Stopped(stop.signum)
+        mine = missing[first : first + group.world_size][group.rank : group.rank + 1]
+        for n in mine:
+            work.chunk(n, *items[n])
+        done = min(done + group.world_size, len(items))
         if group.is_main:
-            _create(path, parts, config, union, tables)
-        group.barrier()
-        work = _Sampling(config, union, open_samples(path, mode="r+"), parts)
-        items = [(table, start) for table in tables for start in work.store.starts(table.name)]
-        # As the main rank sees it: a file system may show the others less, and all must share alike.
-        missing = group.broadcast([n for n in range(len(items)) if not work.part(n).exists()])
-        done = len(items) - len(missing)
-        for first in range(0, len(missing), group.world_size):
-            if group.any(bool(stop))[0]:
-                raise ddp.Stopped(stop.signum)
-            mine = missing[first : first + group.world_size][group.rank : group.rank + 1]
-            for n in mine:
-                work.chunk(n, *items[n])
-            done = min(done + group.world_size, len(items))
-            if group.is_main:
-                progress.report(done, len(items), items[missing[first]][0].name)
-        group.barrier()
-        if group.is_main:
-            work.save_metrics(out, len(items))
-        group.barrier()
+            progress.report(done, len(items), items[missing[first]][0].name)
+    group.barrier()
+    if group.is_main:
+        work.save_metrics(out, len(items))
+    group.barrier()
 
 
 @dataclass(frozen=True)
@@ -256,7 +319,7 @@ class _Table:
         return np.stack(values, axis=1).astype(np.float32)
 
 
-def _tables(steps: Sequence[Path], split: str, union: Union) -> list[_Table]:
+def _tables(steps: Sequence[Path], split: str, model: Drawer) -> list[_Table]:
     tables: list[_Table] = []
     seen: dict[str, Path] = {}
     where = ", ".join(str(step / "catalog.zarr") for step in steps)
@@ -265,7 +328,7 @@ def _tables(steps: Sequence[Path], split: str, union: Union) -> list[_Table]:
         for name in store.names():
             held = store.columns(name, TABLE)
             attrs = store.attrs(name)
-            for column in union.inputs:
+            for column in model.inputs:
                 if column not in held and column not in attrs.cosmology | attrs.astrophysics:
                     raise StoreError(unknown_name(f"{store.path}/{name}/{TABLE}: column", column, list(held)))
             codes = store.table(name, TABLE, ["split"])["split"]
@@ -276,36 +339,35 @@ def _tables(steps: Sequence[Path], split: str, union: Union) -> list[_Table]:
             if name in seen:
                 raise ValueError(f"{name!r} is in {seen[name]} and {store.path}: sample them in two steps")
             seen[name] = store.path
-            tables.append(_Table(store, attrs, rows, set(union.targets) <= held.keys()))
+            tables.append(_Table(store, attrs, rows, set(model.targets) <= held.keys()))
     if not tables:
         raise ValueError(f"{where}: no row has the split {split!r}; choose another `split`")
     return tables
 
 
-def _create(path: Path, parts: Path, config: SampleConfig, union: Union, tables: Sequence[_Table]) -> None:
+def _create(path: Path, parts: Path, config: SampleConfig, model: Drawer, tables: Sequence[_Table]) -> None:
     """Create the store, unless it was begun with the same settings, models and rows."""
     made_with = durable.fingerprint(
-        [config.model_dump(), union.checkpoints, [(table.name, len(table.rows)) for table in tables]]
+        [config.model_dump(), model.checkpoints, [(table.name, len(table.rows)) for table in tables]]
     )
     begun = parts / "settings.json"
     if begun.exists() and durable.read_json(begun) == made_with:
         return
     n_rows = sum(len(table.rows) for table in tables)
-    n_bytes = n_rows * (4 * len(union.targets) * (1 + config.samples + len(config.levels)) + 9)
+    n_bytes = n_rows * (4 * len(model.targets) * (1 + config.samples + len(config.levels)) + 9)
     durable.require_space(path.parent, n_bytes, f"{config.samples} samples of {n_rows} halos")
     shutil.rmtree(parts, ignore_errors=True)  # chunks of another store
-    named = {name: about for name, about in union.columns.items() if name in union.targets}
     create_samples(
         path,
         [(table.attrs, len(table.rows)) for table in tables],
-        union.targets,
+        model.targets,
         config.samples,
-        label=config.label or union.name,
-        model=union.name,
-        checkpoints=union.checkpoints,
+        label=config.label or model.name,
+        model=model.name,
+        checkpoints=model.checkpoints,
         levels=config.levels,
-        source_columns={name: user_name(name, about) for name, about in named.items()},
-        units={name: about["units"] for name, about in named.items()},
+        source_columns=model.source_columns,
+        units=model.units,
     )
     durable.write_json(begun, made_with)
 
@@ -315,7 +377,7 @@ class _Sampling:
     """What every chunk needs to know."""
 
     config: SampleConfig
-    union: Union
+    model: Drawer
     store: SamplesStore
     parts: Path
 
@@ -325,18 +387,18 @@ class _Sampling:
 
     def chunk(self, number: int, table: _Table, start: int) -> None:
         """Make a chunk and write it."""
-        union, config = self.union, self.config
+        model, config = self.model, self.config
         rows = table.rows[start : start + self.store.chunk]
-        inputs = table.read(union.inputs, rows)
+        inputs = table.read(model.inputs, rows)
         began = time.perf_counter()
-        point = union.point(inputs)
-        samples = union.sample(inputs, config.samples, config.seed, number)
-        quantiles = union.quantiles(inputs, config.levels) if config.levels else None
+        point = model.point(inputs)
+        samples = model.sample(inputs, config.samples, config.seed, number)
+        quantiles = model.quantiles(inputs, config.levels) if config.levels else None
         seconds = time.perf_counter() - began
-        extrapolated = (union.outside(inputs) != 0).any(axis=1)
+        extrapolated = np.asarray(((inputs < model.low) | (inputs > model.high)).any(axis=1))
         squares: list[float] = []
         if table.truth:
-            errors = point.astype(np.float64) - table.read(union.targets, rows)
+            errors = point.astype(np.float64) - table.read(model.targets, rows)
             squares = np.square(errors).sum(0).tolist()
         about = {
             "rows": len(rows),
@@ -360,9 +422,8 @@ class _Sampling:
         if known := [part for part in parts if part["squares"]]:
             squares = np.sum([part["squares"] for part in known], axis=0)
             rmse = np.sqrt(squares / sum(part["rows"] for part in known))
-            units = {name: about["units"] for name, about in self.union.columns.items()}
             rows += [
-                metric_row(f"rmse_{target}", split, value, unit=units.get(target, ""))
-                for target, value in zip(self.union.targets, rmse, strict=True)
+                metric_row(f"rmse_{target}", split, value, unit=self.model.units.get(target, ""))
+                for target, value in zip(self.model.targets, rmse, strict=True)
             ]
         save_metrics(out, rows)
