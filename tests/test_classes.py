@@ -272,8 +272,8 @@ def test_saved_models_are_the_same(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cells_of_tng300_resolve_as_the_published_ones_do(shared_data: Path) -> None:
-    """The 857 cells of HiVAl (A&A 698, A3): half of them hold one galaxy at the edge, the others 244 on
-    average. Ours, without the former, are smaller."""
+    """The 857 cells of HiVAl (A&A 698, A3): 264 of them hold one galaxy at the edge, the others 176 on
+    average. Ours, without the former, are as small where the galaxies are."""
     pandas = pytest.importorskip("pandas")
     table = pandas.read_parquet(shared_data / "tng300_centrals.parquet")
     folder = shared_data / "tng300_hival"

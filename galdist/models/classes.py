@@ -206,7 +206,7 @@ class VoronoiClassifier(_Classifier):
 
     Draws are a cell, then one of its training rows, then Gaussian noise of `spread` times the cell's
     dispersion, as the paper has it. `point` is the mean of the cells' means. The paper joins neighboring
-    cells, beginning with one for each galaxy, and leaves those at the edge alone: half of its 857 cells hold
+    cells, beginning with one for each galaxy, and leaves those at the edge alone: 264 of its 857 cells hold
     one galaxy. Here cells are those of k-means and no such cells remain; see `voronoi_centers`.
     """
 

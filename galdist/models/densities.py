@@ -5,6 +5,7 @@
 -ln p in the columns' own units, so that losses of one table can be compared.
 """
 
+import abc
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -51,9 +52,9 @@ class FlowConfig(TableConfig):
 class _Density(TableObjective):
     """A density of the standardized targets, trained by maximum likelihood."""
 
+    @abc.abstractmethod
     def log_density(self, batch: Batch) -> Tensor:
         """ln p(targets | halo), (b,), per product of the targets' units."""
-        raise NotImplementedError
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return {"loss": -self.log_density(batch).mean()}
@@ -164,7 +165,7 @@ class Flow(_Density):
     """A neural spline flow for each halo, after a map that makes each target Gaussian over the training rows.
 
     `point` is the mean over 64 draws, the same quasi-random ones for each row. The errors of `evaluate` are
-    those of the mean too, from few draws of which the noise is subtracted.
+    those of the mean too, from two draws whose scatter is subtracted.
     """
 
     Config: ClassVar[type[ModelConfig]] = FlowConfig
@@ -253,5 +254,5 @@ class Flow(_Density):
 
 
 _POINT_DRAWS = 64
-_EVALUATION_DRAWS = 4
+_EVALUATION_DRAWS = 2
 _ROWS = 16384  # draws that are made at a time: their activations stay in the cache
