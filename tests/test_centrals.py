@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.optimize import brentq
-from universe import write_camels
+from universe import REDSHIFTS, write_camels, write_trees
 
 from galdist.catalogs.catalog import CatalogConfig, CatalogWriter, catalog, open_catalog
 from galdist.catalogs.centrals import (
@@ -512,6 +512,28 @@ class TestGroupCatalogues:
     def test_no_history(self, tables: Path, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="column 'formation_redshift' is not there"):
             read_centrals([self.make(tables, tmp_path)], ["formation_redshift"], None)
+
+    def test_history_of_a_merger_tree(self, tables: Path, tmp_path: Path) -> None:
+        """Halos that are in no tree are left out, and counted."""
+        np.savetxt(tmp_path / "redshifts.txt", REDSHIFTS)
+        store = open_catalog(tables / "catalog.zarr")
+        expected = []
+        for name in store.names():
+            galaxies = store.table(name, "galaxies")
+            n_subhalos = int(galaxies["subhalo"].max()) + 1
+            masses = np.random.default_rng(len(expected)).uniform(0.1, 0.5, n_subhalos)
+            write_trees(tmp_path / name, [{20: m, 49: 1.0} for m in masses[:-5]])
+            low, high = 1 / (1 + REDSHIFTS[20]), 1.0
+            subhalo = galaxies["subhalo"][galaxies["is_central"]]
+            kept = subhalo[subhalo < n_subhalos - 5]
+            expected.append(1 / (low + (0.5 - masses[kept]) / (1 - masses[kept]) * (high - low)) - 1)
+        trees = {"path": tmp_path, "snapshot": 49, "redshifts": tmp_path / "redshifts.txt"}
+        (tmp_path / "out").mkdir()
+        step = self.make(tables, tmp_path / "out", halos={"trees": trees}, split={"kind": "rows"})
+        held = read_centrals([step], ["formation_redshift", "spin"], None)
+        np.testing.assert_allclose(held.columns["formation_redshift"], np.concatenate(expected), rtol=1e-5)
+        facts = open_catalog(step / "catalog.zarr").facts("MockA_CV_0", "centrals")
+        assert 0 < facts["halos_without_history"] <= 5
 
     def test_without_galaxies(self, tmp_path: Path) -> None:
         writer = CatalogWriter(tmp_path / "catalog.zarr")

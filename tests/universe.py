@@ -8,6 +8,7 @@ import hdf5plugin
 import numpy as np
 
 FIDUCIAL = {"Omega0": 0.3, "OmegaLambda": 0.7, "OmegaBaryon": 0.049, "HubbleParam": 0.6711}
+REDSHIFTS = 1 / np.linspace(0.05, 1, 50) - 1  # of the snapshots of merger trees
 UNITS = {"UnitLength_in_cm": 3.085678e21, "UnitMass_in_g": 1.989e43, "UnitVelocity_in_cm_per_s": 1e5}
 
 
@@ -244,3 +245,31 @@ def write_tng(
     write_snapshot(output, truth, n_chunks, "snap", 99, **snapshot)
     write_groups(output, truth, 3, "fof_subhalo_tab", 99)
     return truth
+
+
+def write_trees(folder: Path, histories: list[dict[int, float]], n_files: int = 2) -> list[Path]:
+    """A tree for each history (snapshot -> mass): its main branch, then a branch that merged into it."""
+    folder.mkdir(exist_ok=True)
+    files = []
+    for number in range(n_files):
+        rows: list[tuple[int, int, int, int, float]] = []
+        for halo in range(number, len(histories), n_files):
+            history = sorted(histories[halo].items(), reverse=True)
+            base = (halo + 1) * 10**16
+            leaf = base + len(history) - 1
+            rows += [(base + i, leaf, snap, halo, mass) for i, (snap, mass) in enumerate(history)]
+            # The other branch ends a snapshot before the root; its subhalos have other numbers.
+            other = [(snap, mass) for snap, mass in history if snap < history[0][0]]
+            rows += [
+                (leaf + 1 + i, leaf + len(other), snap, 10**6 + halo, 9e9)
+                for i, (snap, _) in enumerate(other)
+            ]
+        columns = np.array(rows, dtype=np.float64).reshape(-1, 5)
+        ids = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+        files.append(folder / f"tree_extended.{number}.hdf5")
+        with h5py.File(files[-1], "w") as out:
+            out["SubhaloID"], out["MainLeafProgenitorID"] = ids[:, 0], ids[:, 1]
+            out["SnapNum"] = columns[:, 2].astype("i2")
+            out["SubfindID"] = columns[:, 3].astype("i4")
+            out["SubhaloMass"] = columns[:, 4].astype("f4")
+    return files

@@ -4,17 +4,19 @@ What a group catalogue has no profiles or histories for follows from what it has
 largest circular velocity, the spin parameter from the angular momentum.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field as Constraint
 
 from galdist.catalogs.catalog import CatalogStore
 from galdist.catalogs.columns import QUANTITIES, Columns, Rows
 from galdist.catalogs.environment import OverdensityConfig, overdensity
-from galdist.config import StrictModel
+from galdist.config import ExternalPath, StrictModel
 from galdist.constants import GRAVITY
 from galdist.simulations.simulation import SimulationError
+from galdist.simulations.trees import find_trees, half_mass_redshift
 
 _PEAK = 2.1625816  # r_max in scale radii of an NFW profile
 _HIGHEST = 1e3
@@ -30,6 +32,17 @@ class HaloOverdensityConfig(OverdensityConfig):
     of galaxies; null: the density is one of numbers."""
 
 
+class TreesConfig(StrictModel):
+    """SubLink's merger trees, for the column ``formation_redshift``."""
+
+    path: ExternalPath
+    """Folder of tree_extended.<n>.hdf5; of several simulations, folders by their names that hold these."""
+    snapshot: Annotated[int, Constraint(ge=0)]
+    """Number of the snapshot of the group catalogue."""
+    redshifts: ExternalPath
+    """Text file with the redshifts of snapshots 0, 1, ..., one a line."""
+
+
 class HalosConfig(StrictModel):
     """What to take from the tables of a step ``catalog``."""
 
@@ -38,6 +51,8 @@ class HalosConfig(StrictModel):
     critical density, which Rodrigues et al. (2023) and de Santi et al. (2022) call virial, or the virial
     density of Bryan & Norman (1998)."""
     overdensity: HaloOverdensityConfig = HaloOverdensityConfig()
+    trees: TreesConfig | None = None
+    """Merger trees; without them there is no ``formation_redshift``."""
 
 
 def nfw_concentration(v_max: ArrayLike, v_virial: ArrayLike) -> NDArray[np.float64]:
@@ -86,10 +101,11 @@ def bullock_spin(angular_momentum: ArrayLike, mass: ArrayLike, radius: ArrayLike
 
 
 def read_catalog(store: CatalogStore, simulation: str, config: HalosConfig) -> Rows:
-    """Halos with a central galaxy in the table ``galaxies``: the columns of `QUANTITIES` but their history.
+    """Halos with a central galaxy in the table ``galaxies``: the columns of `QUANTITIES`.
 
     Concentration and spin are there where the group catalogue has what they need, and refer to all matter of
-    the central subhalo. Halos that are nowhere as dense as the definition of mass asks for are left out.
+    the central subhalo. Halos that are nowhere as dense as the definition of mass asks for are left out, and
+    so are those that are not in the merger trees, where there are any.
 
     Raises
     ------
@@ -119,6 +135,9 @@ def read_catalog(store: CatalogStore, simulation: str, config: HalosConfig) -> R
         facts["v_max_below_virial"] = int((galaxy["v_max"] < v_virial).sum())
     if "angular_momentum" in galaxy:
         columns["spin"] = bullock_spin(galaxy["angular_momentum"], mass, physical_radius)
+    if config.trees is not None:
+        columns["formation_redshift"] = _formation(config.trees, simulation, galaxy["subhalo"])
+        facts["halos_without_history"] = int(np.isnan(columns["formation_redshift"]).sum())
     columns["overdensity"] = _overdensity(config.overdensity, halos, galaxies, columns, attrs.box_size, where)
     with np.errstate(divide="ignore"):  # no star formation: -inf
         columns |= {
@@ -127,13 +146,28 @@ def read_catalog(store: CatalogStore, simulation: str, config: HalosConfig) -> R
             "log_ssfr": np.log10(galaxy["star_formation_rate"] / galaxy["stellar_mass"]),
             "log_radius": np.log10(galaxy["half_mass_radius"] * 1e3),
         }
-    units = {name: known.units for name, known in QUANTITIES.items()} | {"position": "Mpc/h"}
+    if config.trees is not None:
+        known = np.isfinite(columns["formation_redshift"])
+        columns = {name: values[known] for name, values in columns.items()}
+    units = {name: quantity.units for name, quantity in QUANTITIES.items()} | {"position": "Mpc/h"}
     facts |= {
         "source": str(store.path),
         "overdensity": config.overdensity.model_dump(),
         "source_columns": {name: name for name in columns if name in QUANTITIES},
     }
     return Rows(attrs, columns, units, facts)
+
+
+def _formation(config: TreesConfig, simulation: str, subhalos: NDArray[np.int64]) -> NDArray[np.float64]:
+    try:
+        redshifts = np.loadtxt(config.redshifts, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise SimulationError(f"{config.redshifts}: expected a redshift a line: {error}") from error
+    if redshifts.ndim != 1 or np.any(np.diff(redshifts) >= 0):
+        raise SimulationError(f"{config.redshifts}: expected a redshift a line, lower with each snapshot")
+    own = config.path / simulation
+    files = find_trees(own if own.is_dir() else config.path)
+    return half_mass_redshift(files, subhalos, config.snapshot, redshifts)
 
 
 def _overdensity(

@@ -291,8 +291,9 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
         ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``stellar_mass`` [Msun/h],
         ``star_formation_rate`` [Msun/yr], ``color_gi`` (g - i) [mag], ``half_mass_radius`` of the stars
         [Mpc/h], ``halo`` (row of the galaxy's halo in `read_halos` of the same files, -1 where the files
-        lack it), ``is_central``. Of the whole subhalo, where the files have it: ``v_max``, the largest
-        circular velocity [km/s], and ``angular_momentum`` (n, 3), specific [physical Mpc/h km/s].
+        lack it), ``is_central``, ``subhalo`` (row of the files). Of the whole subhalo, where the files have
+        it: ``v_max``, the largest circular velocity [km/s], and ``angular_momentum`` (n, 3), specific [physical
+        Mpc/h km/s].
     """
     fields = (
         "SubhaloPos",
@@ -329,6 +330,7 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
         "half_mass_radius": radius * header.length,
         "halo": halo,
         "is_central": is_central,
+        "subhalo": catalog["row"].astype(np.int64),
     }
     if "SubhaloVmax" in structure:
         galaxies["v_max"] = catalog["SubhaloVmax"] * np.float32(header.velocity)
@@ -495,6 +497,18 @@ def _read(hdf5: Any, name: str, rows: slice = slice(None)) -> NDArray[Any]:
         raise SimulationError(
             f"{hdf5.filename}: field {name} cannot be read; the file is damaged ({error})"
         ) from error
+
+
+def read_datasets(file: Path, names: Sequence[str]) -> Columns:
+    """Datasets of an HDF5 file, whole.
+
+    Raises
+    ------
+    SimulationError
+        for a file that is damaged or lacks one; the message names the nearest that it has.
+    """
+    with _open(file) as hdf5:
+        return {name: _read(hdf5, name) for name in names}
 
 
 def _positions(values: NDArray[Any], header: Header, file: Path, field: str) -> NDArray[Any]:
