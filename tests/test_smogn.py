@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tables import make_tables
 
@@ -79,6 +79,7 @@ def test_kinds_are_sides_of_the_rarest_property() -> None:
     assert kinds(targets, rare, 0.5).tolist() == [0, 1, 2, 3, 4, 4, 0]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(200, 900), st.sampled_from([1, 2]))
 def test_balance(seed: int, n: int, n_targets: int) -> None:
     random = np.random.default_rng(seed)
