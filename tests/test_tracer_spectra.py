@@ -185,6 +185,9 @@ def test_chi2_is_summed_over_bins_and_averaged_over_draws_and_seeds():
     assert result["in_band"].tolist() == [0, 1, 1]
     in_band = [first[:, 1:].sum(axis=1).mean(), second[1:].sum()]
     assert found["chi2_band"]["value"] == pytest.approx(np.mean(in_band))
+    floors = [(200**2 / sigma[0] ** 2 + 100**2 / sigma[1] ** 2 + 200**2 / sigma[2] ** 2), 0]
+    assert found["chi2"]["self_floor"] == pytest.approx(np.mean(floors))
+    assert found["chi2_band"]["self_floor"] == pytest.approx((floors[0] - 200**2 / sigma[0] ** 2) / 2)
     mean = np.array([900, 425, 200])
     np.testing.assert_allclose(found["power"], mean)
     np.testing.assert_allclose(found["relative_error"], mean / [900, 400, 100] - 1)
@@ -204,6 +207,7 @@ def test_undefined_values_are_left_out():
     assert math.isnan(second["net"]["chi2"]["seeds"][0])
     assert second["net"]["chi2"]["value"] == second["net"]["chi2"]["seeds"][1] > 0
     assert second["net"]["chi2"]["error"] is None
+    assert second["net"]["chi2"]["self_floor"] is None  # of one draw
     assert second["other"]["n"] == 0
     assert second["other"]["chi2"]["value"] is None
     np.testing.assert_allclose(second["net"]["relative_error"], [0, np.nan, np.nan])  # truth is not positive

@@ -19,6 +19,7 @@ mean over each seed's draws; ``std`` is the scatter between seeds, ``error`` tha
 """
 
 import gc
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -201,9 +202,10 @@ def load_tracers(step: str | Path) -> dict[str, Any]:
     ``ratio`` (its error over sigma) and ``mean_ratio`` (over the band). A label has ``n`` and ``n_std``,
     ``power`` and ``power_std`` (scatter between seeds), ``relative_error`` (P / P_true - 1), ``residual``
     (mean over draws), ``chi2`` and ``chi2_band`` (each ``value``, ``std``, ``error``, ``seeds`` one value a
-    step, and ``of_mean``, that of the label's mean power), ``empty`` (draws without a galaxy of the tracer,
-    which are left out of all but ``n``) and ``steps``: step -> ``n``, ``shot_noise`` and ``power`` of each
-    draw. What a tracer without galaxies has no value for is NaN (null in the file).
+    step, ``of_mean``, that of the label's mean power, and ``self_floor``, that between two draws of one
+    step: the model would score this were the truth one of its draws), ``empty`` (draws without a galaxy of
+    the tracer, which are left out of all but ``n``) and ``steps``: step -> ``n``, ``shot_noise`` and
+    ``power`` of each draw. What a tracer without galaxies has no value for is NaN (null in the file).
 
     ``counts``: "truth" or label -> galaxies of none and of each tracer (8). ``confusion``: label ->
     ``counts`` (8, 8), true tracer by predicted one, a mean over draws and seeds, and ``rates``, rows that
@@ -474,7 +476,17 @@ def _of_label(
     }
     for key, bins in (("chi2", np.ones_like(in_band)), ("chi2_band", in_band)):
         values = [float(np.mean([r[bins].sum() for r in seed])) if seed else math.nan for seed in residuals]
-        entry[key] = {**_over_seeds(values), "seeds": values, "of_mean": of_mean[bins].sum()}
+        between = [
+            ((first - second)[bins] ** 2 / variance[bins]).sum()
+            for seed in powers
+            for first, second in itertools.combinations(seed, 2)
+        ]
+        entry[key] = {
+            **_over_seeds(values),
+            "seeds": values,
+            "of_mean": of_mean[bins].sum(),
+            "self_floor": _over_seeds(between)["value"],
+        }
     return entry
 
 
