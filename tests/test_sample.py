@@ -230,4 +230,4 @@ def test_memory_does_not_grow_with_rows(steps: dict[str, Path], monkeypatch: pyt
     )
     inputs = np.stack([halos(20_000, 0)[name] for name in INPUTS], 1).astype("f4")
     assert union.sample(inputs, 100, 0).shape == (20_000, 100, 2)
-    assert max(seen) <= 1 << 15
+    assert max(seen) <= 1 << 13

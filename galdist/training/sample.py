@@ -31,7 +31,7 @@ from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import CheckpointError, describe_model, load_model
 from hpc import ddp, durable, progress
 
-_DRAWS = 1 << 15  # that a model makes at a time at most: what its layers hold stays in the processor's cache
+_DRAWS = 1 << 13  # that a model makes at a time at most: its layers fit into the cache of a processor
 _ROWS = 1 << 12  # that a model looks at at a time at most
 
 Level = Annotated[float, Constraint(gt=0, lt=1)]
