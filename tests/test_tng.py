@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from universe import write_tng
 
+from galdist.catalogs.structure import bullock_spin, nfw_concentration
+from galdist.constants import GRAVITY
 from galdist.simulations.simulation import SimulationError, read_galaxies, read_halos
 from galdist.simulations.tng import open_simulations
 
@@ -88,6 +90,14 @@ def test_original_chunk_of_tng100(shared_data: Path) -> None:
     central = galaxies["is_central"]
     distance = np.abs(galaxies["position"][central] - halos["position"][galaxies["halo"][central]]).max()
     assert distance < 1e-6, "GroupPos is where the central subhalo is"
+    mass, radius = (halos[f"{name}_200c"][galaxies["halo"][central]] for name in ("mass", "radius"))
+    # Without baryons, which draw halos together, 8 to 10 (Prada et al. 2012), and 0.035 or so.
+    concentration = nfw_concentration(galaxies["v_max"][central], np.sqrt(GRAVITY * mass / radius))
+    assert 8 < np.median(concentration) < 15
+    assert 0.03 < np.median(bullock_spin(galaxies["angular_momentum"][central], mass, radius)) < 0.08
+    assert (
+        (halos["mass_vir"] > 1.1 * halos["mass_200c"]) & (halos["radius_vir"] > halos["radius_200c"])
+    ).all()
     assert ((galaxies["color_gi"] > -0.5) & (galaxies["color_gi"] < 2)).all()
     with pytest.raises(SimulationError, match=r"12 rows of Group, the header says 6291349"):
         read_halos([file])

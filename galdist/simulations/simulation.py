@@ -291,9 +291,9 @@ def read_galaxies(files: Sequence[Path], min_stellar_mass: float, complete: bool
         ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``stellar_mass`` [Msun/h],
         ``star_formation_rate`` [Msun/yr], ``color_gi`` (g - i) [mag], ``half_mass_radius`` of the stars
         [Mpc/h], ``halo`` (row of the galaxy's halo in `read_halos` of the same files, -1 where the files
-        lack it), ``is_central``, ``subhalo`` (row of the files). Of the whole subhalo, where the files have
-        it: ``v_max``, the largest circular velocity [km/s], and ``angular_momentum`` (n, 3), specific [physical
-        Mpc/h km/s].
+        lack it), ``is_central``, ``subhalo`` (row of the files). Where the files have them, of the whole
+        subhalo: ``v_max``, the largest circular velocity [km/s], and ``angular_momentum`` (n, 3), specific
+        [physical Mpc/h km/s].
     """
     fields = (
         "SubhaloPos",

@@ -1,8 +1,8 @@
 """Merger trees of SubLink (Rodriguez-Gomez et al. 2015, MNRAS 449, 49): when a subhalo assembled its mass.
 
 Files are ``tree*.hdf5``, as IllustrisTNG and CAMELS publish them: one row a subhalo and snapshot, depth
-first, so that the main branch of a subhalo is the rows from it to its main leaf progenitor; a tree is whole in one
-file.
+first, so that the main branch of a subhalo is the rows from it to its main leaf progenitor. A tree is whole
+in one file.
 """
 
 import re
