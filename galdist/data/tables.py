@@ -49,16 +49,18 @@ class RowBatches:
     """This rank's training batches (`galdist.data.Batches`); see `TableData.batches`."""
 
     def __init__(self, rows: "_Rows", group: ddp.Group, batch_size: int, parts: int, seed: int) -> None:
-        self._inputs, self._targets = rows.inputs.to(group.device), rows.targets.to(group.device)
+        # Beside each other: a row is one place in memory.
+        self._rows = torch.cat([rows.inputs, rows.targets], 1).to(group.device)
+        self._n_inputs = rows.inputs.shape[1]
         self._size = share(batch_size, parts, group.world_size)
         self._group, self._batch_size, self._parts, self._seed = group, batch_size, parts, seed
         self._order = torch.arange(0)
         self._step = 0
-        self.steps = len(rows.inputs) // batch_size
+        self.steps = len(self._rows) // batch_size
 
     def start_at(self, epoch: int, step: int) -> None:
         """Go on with the batches of an epoch, from a step on."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._inputs))
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
         self._order, self._step = torch.from_numpy(order).to(self._group.device), step
 
     def wait(self, seconds: float) -> bool:
@@ -72,8 +74,8 @@ class RowBatches:
         for part in range(self._parts):
             place = part * self._group.world_size + self._group.rank
             start = self._step * self._batch_size + place * self._size
-            rows = self._order[start : start + self._size]
-            batches.append({"inputs": self._inputs[rows], "targets": self._targets[rows]})
+            rows = self._rows.index_select(0, self._order[start : start + self._size])
+            batches.append({"inputs": rows[:, : self._n_inputs], "targets": rows[:, self._n_inputs :]})
         self._step += 1
         return batches
 

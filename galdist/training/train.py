@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
 _PATIENCE = 0.5  # seconds that a rank waits for data before it asks whether to stop
+_CURVES = 1.0  # least seconds between points of the curves within an epoch
 _WORTH = 20.0  # times what it takes: time after which another checkpoint is worth it, where none is due
 
 _SPEEDS = {
@@ -273,6 +274,7 @@ class _Training:
         self.saved_at = time.monotonic()
         self.saving = 0.0  # seconds that the last checkpoint took
         self.device = _DeviceClock(group.device)
+        self.drawn_at = -math.inf
         self.board = _Board(out / "tensorboard" if group.is_main else None, self._global_step())
 
     def run(self) -> None:
@@ -416,8 +418,10 @@ class _Training:
         loss.backward()
         self.losses += loss.detach()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.group.device.type, torch.bfloat16)
 
     def _add_losses(self) -> None:
         """Move what this rank's losses add up to into the position, as the mean over ranks."""
@@ -438,7 +442,9 @@ class _Training:
             self.config.epochs,
             f"epoch {position.epoch + 1}, best validation loss {position.best_loss:.4g}",
         )
-        if position.step % max(n_steps // 10, 1) == 0:
+        now = time.monotonic()
+        if position.step % max(n_steps // 10, 1) == 0 and now - self.drawn_at > _CURVES:
+            self.drawn_at = now
             scalars = {
                 "train/loss": (position.loss + self.losses.item()) / position.step,
                 "train/gradient_norm": norm.item(),
@@ -510,7 +516,7 @@ class _Training:
         if not self.group.is_main:
             return
         with _unless_full(f"the row of epoch {row['epoch']:.0f} in {HISTORY}", self.out):
-            self._write_history()
+            self._write_history(sync=False)  # checkpoints hold it too
         curves = {
             f"epoch/{name}": value
             for name, value in row.items()
@@ -519,8 +525,9 @@ class _Training:
         self.board.add(self._global_step(), curves)
         log.info("%s", ", ".join(f"{name} {value:.5g}" for name, value in row.items()))
 
-    def _write_history(self) -> None:
-        durable.write_text(self.out / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
+    def _write_history(self, sync: bool) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.history)
+        durable.write_text(self.out / HISTORY, text, sync)
 
     def _is_done(self) -> bool:
         patience, position = self.config.early_stopping, self.position
@@ -615,7 +622,7 @@ class _Training:
                     metric_row(name, "train", float(np.mean([row[name] for row in steady])), unit=unit)
                 )
         with durable.room_for("the results", self.out):
-            self._write_history()
+            self._write_history(sync=True)
             save_metrics(self.out, rows)
         self.board.close()
         self.data.close()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from small_grids import CLASSIFIER, Ranks, make_grids
+from small_tables import make_tables
 
 from galdist.grids.store import open_store
 from galdist.statistics.metrics import load_metrics
@@ -264,3 +265,57 @@ def test_ranks_share_a_prediction(grids: Path, alone: Path, tmp_path: Path, n_ra
     assert fields[0].max() > 0
     assert np.array_equal(*fields)
     assert load_metrics(outs[0]) == load_metrics(outs[1])
+
+
+ROWS: dict[str, Any] = {
+    "model": {"name": "gaussian"},
+    "epochs": 4,
+    "batch_size": 32,
+    "optimizer": {"learning_rate": 1e-2},
+    "ema_decay": 0.9,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def centrals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tables(tmp_path_factory.mktemp("ranks") / "centrals")
+
+
+def trained_on_rows(centrals: Path, out: Path, n_ranks: int, config: dict[str, Any] = ROWS) -> Path:
+    with Ranks("train", config, {"catalogs": [centrals]}, out, n_ranks, ("small_tables",)) as ranks:
+        ranks.succeed()
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows_alone(centrals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_on_rows(centrals, tmp_path_factory.mktemp("ranks") / "rows-alone", 1)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_ranks_train_on_rows_as_one_does(
+    centrals: Path, rows_alone: Path, tmp_path: Path, n_ranks: int
+) -> None:
+    out = trained_on_rows(centrals, tmp_path / "out", n_ranks)
+    expected = last_weights(rows_alone)
+    for name, value in last_weights(out).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+    metrics = {row["metric"]: row["value"] for row in results(rows_alone)}
+    assert {row["metric"]: row["value"] for row in results(out)} == pytest.approx(metrics, rel=1e-3)
+
+
+def test_ranks_that_train_on_rows_stop_together_and_go_on(centrals: Path, tmp_path: Path) -> None:
+    """Each draws its own random numbers."""
+    config = ROWS | {"model": {"name": "gaussian", "noise": 0.3}, "epochs": 60}
+    uninterrupted = trained_on_rows(centrals, tmp_path / "uninterrupted", 2, config)
+    out = tmp_path / "out"
+    with Ranks("train", config, {"catalogs": [centrals]}, out, 2, ("small_tables",)) as ranks:
+        ranks.signal_when(out, "history.jsonl", 1, signal.SIGTERM, rank=1)
+        assert ranks.wait(60) == [STOPPED] * 2, ranks.log.read_text()
+    assert 0 < saved(out)["position"]["epoch"] < 60
+    trained_on_rows(centrals, out, 2, config)
+    assert "continues from" in (tmp_path / "out-log.txt").read_text()
+    one, other = last_weights(out), last_weights(uninterrupted)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results(out) == results(uninterrupted)
