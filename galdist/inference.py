@@ -80,8 +80,8 @@ class Done:
                 if n
             ]
             text += (
-                f"\n{self.extrapolated} halos ({self.extrapolated / self.halos:.2%}) lie outside the model's "
-                f"training range ({', '.join(parts)}): they are marked in the column extrapolated"
+                f"\n{self.extrapolated} of {self.halos} halos lie outside the model's training range "
+                f"({', '.join(parts)}): they are marked in the column extrapolated"
             )
         return text
 
@@ -360,6 +360,7 @@ def resolve(model: Model, names: Sequence[str], columns: Mapping[str, str], wher
             changes["per"] = columns.get(source.per, source.per)
         return source.model_copy(update=changes)
 
+    free = [name for name in names if name not in known]  # what a missing column may be called
     for name in model.inputs:
         wanted: list[Source] = []
         if name in columns:
@@ -376,7 +377,8 @@ def resolve(model: Model, names: Sequence[str], columns: Mapping[str, str], wher
         units = model.columns.get(name, {}).get("units", "")
         what = f"{name} [{units}]" if units else name
         also = f" (or {name})" if missing != name and name not in columns else ""
-        hint = did_you_mean(missing, names)
+        hint = did_you_mean(missing, free)
+        hint = did_you_mean(name, free) if hint == "." else hint
         text = f"column {missing!r}{also} is missing: {what} is an input of the model{hint}"
         problems.append(Problem((), text))
     if not problems and not any(source.reads for source in sources.values()):
@@ -583,7 +585,8 @@ def _opened(file: Path) -> Iterator[_Opened]:
 def _parquet(file: Path) -> Iterator[_Opened]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
+    # What is read ahead would be held until the file's end.
+    with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
 
         def read(names: Sequence[str]) -> Iterator[Table]:
             for batch in table.iter_batches(_READ, columns=list(names)):

@@ -66,7 +66,7 @@ def test_draws_have_the_distribution(steps: dict[str, Path], tmp_path: Path) -> 
     whitened = np.linalg.solve(np.linalg.cholesky(COVARIANCE), noise.reshape(-1, 2).T)
     for values in whitened:  # joint: after whitening with the true covariance independent standard normals
         assert stats.kstest(values, "norm").statistic < 0.03
-    assert abs(np.corrcoef(whitened)[0, 1]) < 0.03
+    assert abs(np.corrcoef(whitened)[0, 1]) < 0.07  # fitted: to 0.02; drawn one by one it were 0.5
     assert found.quantiles is not None
     below = (found.samples[:, None] <= found.quantiles[:, :, None]).mean((0, 2))
     assert np.abs(below - np.array([0.16, 0.5, 0.84])[:, None]).max() < 0.01

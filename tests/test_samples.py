@@ -174,7 +174,7 @@ def test_chunks_are_bounded(n_samples: int, n_targets: int) -> None:
     rows = rows_per_chunk(n_samples, n_targets)
     assert rows & (rows - 1) == 0
     assert 1 <= rows <= 1 << 17
-    assert rows == 1 or rows * n_samples * n_targets <= 1 << 21
+    assert rows == 1 or rows * n_samples * n_targets <= 1 << 19
 
 
 def test_rows_have_a_length() -> None:

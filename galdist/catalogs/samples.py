@@ -24,7 +24,7 @@ from galdist.grids.store import SimulationAttrs, StoreError, consolidate, unknow
 
 FORMAT = "galdist-samples"
 VERSION = 1
-_VALUES = 1 << 21  # float32 numbers in a chunk of samples: 8 MB
+_VALUES = 1 << 19  # float32 numbers in a chunk of samples: 2 MB, for ranks share chunks
 _ROWS = 1 << 17  # in a chunk at most
 
 

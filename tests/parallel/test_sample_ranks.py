@@ -17,7 +17,7 @@ from galdist.catalogs.samples import Samples, open_samples
 from galdist.statistics.metrics import load_metrics
 
 MODULES = ("linear_galaxies",)
-CONFIG: dict[str, Any] = {"split": "all", "samples": 500, "levels": [0.5], "seed": 2}
+CONFIG: dict[str, Any] = {"split": "all", "samples": 100, "levels": [0.5], "seed": 2}
 """2,048 rows a chunk: ten chunks."""
 
 
