@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from galdist.data.tables import TableData
 from galdist.grids.store import StoreError
 from galdist.models import build
 from galdist.models.tables import TableConfig, TableObjective
-from galdist.training.checkpoint import load_model
+from galdist.training import train as loop
+from galdist.training.checkpoint import Checkpoints, load_model
 from galdist.training.train import TrainConfig, _Training, train
 from hpc import ddp
 
@@ -310,3 +313,32 @@ def test_a_training_cut_anywhere_ends_with_the_same_weights(
         assert resumed.keys() == whole.keys()
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
         assert history(out) == history(tmp_path / "whole")
+
+
+def test_checkpoints_around_validations_take_little_of_short_epochs(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock by which an epoch takes 3 s and a checkpoint 1 s."""
+    clock, saved = [0.0], []
+    train_epoch, write = _Training._train_epoch, Checkpoints.write
+
+    def slow_epoch(self: _Training) -> None:
+        clock[0] += 3
+        train_epoch(self)
+
+    def slow_write(self: Checkpoints, number: int, *rest: Any) -> None:
+        saved.append((clock[0], number))
+        clock[0] += 1
+        write(self, number, *rest)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=perf_counter))
+    monkeypatch.setattr(_Training, "_train_epoch", slow_epoch)
+    monkeypatch.setattr(Checkpoints, "write", slow_write)
+    train(TrainConfig(**GAUSSIAN | {"epochs": 40}), {"catalogs": [step]}, tmp_path)
+    moments = [moment for moment, _ in saved]
+    assert moments[0] == 3  # nothing is known yet of what it takes
+    gaps = np.diff(moments)
+    assert gaps[:-1].min() >= 20
+    assert gaps[:-1].max() <= 20 + 1 + 3
+    n_steps = TableData([step], INPUTS, TARGETS).batches(ALONE, GAUSSIAN["batch_size"], 1, seed=0).steps
+    assert saved[-1][1] == 40 * n_steps  # the end is saved in any case

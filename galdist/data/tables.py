@@ -23,7 +23,7 @@ from galdist.models import Objective
 from galdist.models.tables import TableObjective
 from hpc import ddp
 
-_VALIDATION_ROWS = 1 << 14  # in a batch
+_VALIDATION_ROWS = 1 << 13  # in a batch
 
 
 class RowsConfig(StrictModel):
