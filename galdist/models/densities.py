@@ -255,4 +255,4 @@ class Flow(_Density):
 
 _POINT_DRAWS = 64
 _EVALUATION_DRAWS = 2
-_ROWS = 16384  # draws that are made at a time: their activations stay in the cache
+_ROWS = 16384  # draws made at a time: bounds what their activations take
