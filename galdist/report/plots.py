@@ -1,6 +1,7 @@
 """Figures of a run: arrays in, matplotlib Axes out.
 
-Truth, matter, halo occupation and every prediction keep their colors, markers and line styles in all figures.
+Truth, matter, halo occupation, every prediction and every model keep their colors, markers and line styles in
+all figures.
 The colors are those of Okabe & Ito (2008), which people with any color vision tell apart; line styles and
 markers say the same once more, for gray prints. Legends stand outside the data. `on_dark` recolors a figure.
 """
@@ -18,11 +19,15 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 PANEL = (3.4, 3.0)
 """Width and height of one panel [inches]: as wide as a column of a journal page."""
+
+KEY = (6.8, 0.45)
+"""Size of a legend that several panels share [inches]."""
 
 Quantity = Literal["overdensity", "counts", "probability"]
 
@@ -33,6 +38,8 @@ LENGTH_UNIT = r"[$h^{-1}\,\mathrm{Mpc}$]"
 GROUND, INK, MUTED = "#ffffff", "#111111", "#6b6b6b"
 MATTER, HOD = "#9a9a9a", "#d55e00"
 PREDICTIONS = ("#0072b2", "#009e73", "#cc79a7", "#b8860b")
+MODELS = (PREDICTIONS[0], HOD, *PREDICTIONS[1:])
+"""Of models of galaxies in halos: as many as one figure can hold."""
 
 _ON_DARK = {
     INK: "#ececec",
@@ -43,12 +50,23 @@ _ON_DARK = {
 }
 
 
+Line = Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
+"""A line style, as matplotlib has them."""
+_LINES: tuple[Line, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (6, 1.5, 1.5, 1.5)),
+    (0, (1.5, 1.2)),
+    (0, (8, 1.5, 1.5, 1.5, 1.5, 1.5)),
+)
+
+
 class Look(NamedTuple):
     """How one field is drawn, everywhere."""
 
     name: str
     color: str
-    line: str
+    line: Line
     marker: str
 
 
@@ -61,9 +79,13 @@ class Palette:
         steps that predict, in the order of the run.
     hods
         those of them that are halo occupation models.
+    models
+        labels of models of galaxies in halos; their line styles differ too.
     """
 
-    def __init__(self, predictions: Sequence[str] = (), hods: Sequence[str] = ()) -> None:
+    def __init__(
+        self, predictions: Sequence[str] = (), hods: Sequence[str] = (), models: Sequence[str] = ()
+    ) -> None:
         self._looks = {
             "truth": Look("truth", INK, "-", "o"),
             "matter": Look("matter", MATTER, "-", ""),
@@ -76,14 +98,18 @@ class Palette:
             else:
                 color, marker = next(learned)
                 self._looks[step] = Look(step, color, "-", marker)
+        for model, color, line, marker in zip(
+            models, itertools.cycle(MODELS), itertools.cycle(_LINES), itertools.cycle("s^DvP")
+        ):
+            self._looks[model] = Look(model, color, line, marker)
 
     def __getitem__(self, label: str) -> Look:
         """The look of ``label``; a further field of a step (``step:field``) has no marker."""
+        if label in self._looks:
+            return self._looks[label]
         step, _, field = label.partition(":")
         look = self._looks[step]
-        if not field:
-            return look
-        line = ":" if field.startswith("expected") else "-."
+        line: Line = ":" if field.startswith("expected") else "-."
         what = field.replace("galaxy_", "").removesuffix("_counts").replace("_", " ")
         return look._replace(name=f"{step}, {what}", line=line, marker="")
 
@@ -132,7 +158,7 @@ def style() -> Iterator[None]:
 
 def figure(columns: int = 1, rows: int = 1, panel: tuple[float, float] = PANEL) -> tuple[Figure, list[Axes]]:
     """A figure of ``rows x columns`` panels, without any global state, and its Axes, row by row."""
-    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    layout = ConstrainedLayoutEngine(h_pad=0.11, w_pad=0.06)
     created = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout=layout)
     return created, list(created.subplots(rows, columns, squeeze=False).flat)
 
@@ -145,6 +171,28 @@ def on_dark(svg: str) -> str:
 def sign(drawn: Figure, caption: str) -> None:
     """Write below the figure, small, which run made it."""
     drawn.supxlabel(plain(caption), fontsize=5.5, color=MUTED, x=0.005, ha="left")
+
+
+def figure_key(drawn: Figure, palette: Palette, labels: Sequence[str]) -> None:
+    """One legend above all panels of a figure."""
+    columns = _columns([palette[label].name for label in labels], drawn.get_figwidth())
+    drawn.legend(
+        handles=_handles(palette, labels), loc="outside upper center", ncols=columns, handlelength=2.6
+    )
+
+
+def plot_key(ax: Axes, palette: Palette, labels: Sequence[str]) -> None:
+    """A legend alone."""
+    ax.set_axis_off()
+    columns = _columns([palette[label].name for label in labels], KEY[0])
+    ax.legend(
+        handles=_handles(palette, labels), loc="center", ncols=columns, handlelength=2.6, borderaxespad=0
+    )
+
+
+def _handles(palette: Palette, labels: Sequence[str]) -> list[Line2D]:
+    looks = [palette[label] for label in labels]
+    return [Line2D([], [], color=look.color, linestyle=look.line, label=plain(look.name)) for look in looks]
 
 
 def plain(text: str) -> str:
@@ -210,7 +258,7 @@ def plot_slice(
     )
     bar.outline.set_linewidth(0.5)
     if quantity != "probability":
-        _decimal_ticks(bar.ax.xaxis, float(norm.vmax or 1) / float(norm.vmin or 1))
+        decimal_ticks(bar.ax.xaxis, float(norm.vmax or 1) / float(norm.vmin or 1))
 
 
 def plot_loss(ax: Axes, epoch: ArrayLike, losses: Mapping[str, ArrayLike]) -> None:
@@ -220,7 +268,7 @@ def plot_loss(ax: Axes, epoch: ArrayLike, losses: Mapping[str, ArrayLike]) -> No
     low, high = np.nanmin(values), np.nanmax(values)
     if low > 0 and high > 6 * low:  # on less, a logarithmic axis would have too few ticks
         ax.set_yscale("log")
-        _decimal_ticks(ax.yaxis, high / low)
+        decimal_ticks(ax.yaxis, high / low)
     ax.set_ylabel("loss")
 
 
@@ -351,7 +399,7 @@ def plot_occupation(
         ylabel=r"$\langle N_\mathrm{gal} \rangle$",
     )
     low, high = ax.get_ylim()
-    _decimal_ticks(ax.yaxis, high / low)
+    decimal_ticks(ax.yaxis, high / low)
     _legend(ax)
 
 
@@ -392,7 +440,7 @@ def _curves(
         fontsize=8,
         color=MUTED,
     )
-    _decimal_ticks(ax.xaxis, nyquist / k[0])
+    decimal_ticks(ax.xaxis, nyquist / k[0])
 
 
 def _markers(k: NDArray[np.float64]) -> list[int]:
@@ -431,26 +479,29 @@ def _legend(ax: Axes, handles: Sequence[object] | None = None) -> None:
         labels = [str(handle.get_label()) for handle in found]
     if not found:
         return
-    # Characters and handles in inches; a legend wider than its Axes would squeeze them.
-    widths = [0.06 * len(label) + 0.45 for label in labels]
-    columns = next(
-        n
-        for n in range(len(found), 0, -1)
-        if n == 1 or sum(max(column) for column in np.array_split(widths, n)) < 2.9
-    )
     ax.legend(
         found,
         labels,
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=columns,
+        ncols=_columns(labels, 2.9),  # a legend wider than its Axes would squeeze them
         handlelength=2.2,
         columnspacing=1.2,
         borderaxespad=0.3,
     )
 
 
-def _decimal_ticks(axis: Axis, span: float) -> None:
+def _columns(labels: Sequence[str], width: float) -> int:
+    """Columns of a legend that fit into ``width`` [inches]."""
+    widths = [0.06 * len(label) + 0.45 for label in labels]  # characters and handles
+    return next(
+        n
+        for n in range(len(labels), 0, -1)
+        if n == 1 or sum(max(column) for column in np.array_split(widths, n)) < width
+    )
+
+
+def decimal_ticks(axis: Axis, span: float) -> None:
     """Tick a logarithmic axis that spans a factor ``span`` at decimals: powers of ten alone are too few."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

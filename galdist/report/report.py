@@ -1,32 +1,35 @@
-"""Stage ``report``: one self-contained HTML page of what a run did and found, and its figures for papers.
+"""Stage ``report``: a self-contained HTML page of what a run did and found, and figures for papers.
 
 It reads what the steps saved and computes nothing beyond drawing. A step is known by its files:
-``history.jsonl`` is a training, ``prediction.zarr`` a prediction, ``spectra.json`` spectra, ``metrics.json``
-goes into the table of results. What a run does not have is left out of its page.
+``history.jsonl`` is a training, ``prediction.zarr`` a prediction, ``spectra.json`` spectra, ``scores.json``
+and ``tracers.json`` tell of galaxies in halos, ``metrics.json`` goes into the table of results. What a run
+does not have is left out of its page.
 """
 
-import base64
-import io
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jinja2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field as Constraint
+from pydantic import PositiveFloat, PositiveInt, field_validator
 
 from galdist import __version__, status
 from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
-from galdist.run import Run, Step, open_run
+from galdist.report.artist import Artist, Block, Panel
+from galdist.report.halos import MOST, HaloStudy
+from galdist.report.published import PUBLISHED
+from galdist.report.tables import Table, measured
+from galdist.run import Step, open_run
 from galdist.statistics.metrics import Confusion, MetricRow
 from galdist.statistics.spectra import MATTER, TRUTH, load_spectra
 from hpc import durable, progress
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 _DrawEpochs = Callable[["Axes", NDArray[np.float64], dict[str, NDArray[np.float64]]], None]
 
 FILE = "report.html"
-FIGURES = "figures"
 
 _LINKS = {
     "dask-report.html": "Dask report",
@@ -71,16 +73,31 @@ class ReportConfig(StrictModel):
     """How many of the predicted boxes are shown as slices."""
     slab: PositiveFloat = 5.0
     """Thickness of the slices [Mpc/h]; they lie in the middle of the box."""
+    models: Annotated[tuple[str, ...], Constraint(max_length=MOST)] = ()
+    """Labels of the models of galaxies in halos that figures show (tables have all); by default the best ones
+    and published ones."""
+    published: str | None = None
+    """Published figures beside our own: ``tng300`` for a run on the centrals of TNG300-1."""
+
+    @field_validator("published")
+    @classmethod
+    def _known(cls, published: str | None) -> str | None:
+        if published is not None and published not in PUBLISHED:
+            raise ValueError(f"nothing is known of {published!r}; there is {', '.join(PUBLISHED)}")
+        return published
 
 
 def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
-    """Write ``report.html`` and ``figures/*.{pdf,png}`` of the run with the steps ``inputs["steps"]``.
+    """Write ``report.html``, ``figures/*.{pdf,png}`` and ``tables/*.tex`` of the steps ``inputs["steps"]``.
 
     Raises
     ------
     galdist.run.RunError
-        where ``out`` does not lie in a run folder, or a file of a step is not what it should be.
+        where ``out`` does not lie in a run folder, a file of a step is not what it should be, or no model has
+        a label of ``config.models``.
     """
+    from galdist.report.plots import Palette
+
     run = open_run(out.parent)
     given = {path.name for path in inputs["steps"]} - {out.name}
     steps = [step for step in run.steps.values() if step.name in given]
@@ -88,22 +105,26 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     predictions = {
         step.name: open_store(step.path / "prediction.zarr") for step in steps if step.has("prediction.zarr")
     }
-    artist = _Artist(run, out, predictions, [step.name for step in steps if step.stage == "hod"])
+    published = PUBLISHED[config.published] if config.published else None
+    halos = HaloStudy(run, steps, config.models, published, config.boxes)
+    hods = [step.name for step in steps if step.stage == "hod"]
+    artist = Artist(run, out, Palette(list(predictions), hods, halos.shown))
 
     sections = []
-    for number, (title, draw) in enumerate(
-        (
-            ("Boxes", partial(_slices, artist, config, steps, stores, predictions)),
-            ("Spectra", partial(_spectra, artist, steps, stores)),
-            ("Halo occupation", partial(_occupation, artist, steps)),
-            ("Training", partial(_training, artist, steps)),
-        )
-    ):
-        progress.report(number, 5, title)
+    drawn: tuple[tuple[str, Callable[[], Sequence[Block | Table]]], ...] = (
+        ("Boxes", partial(_slices, artist, config, steps, stores, predictions, hods)),
+        ("Spectra", partial(_spectra, artist, steps, stores)),
+        ("Halo occupation", partial(_occupation, artist, steps)),
+        ("Distributions", partial(halos.distributions, artist)),
+        ("Tracers", partial(halos.tracers_of_boxes, artist)),
+        ("Training", partial(_training, artist, steps)),
+    )
+    for number, (title, draw) in enumerate(drawn):
+        progress.report(number, 7, title)
         if blocks := draw():
             sections.append({"title": title, "id": title.lower().replace(" ", "-"), "blocks": blocks})
 
-    progress.report(4, 5, "page")
+    progress.report(6, 7, "page")
     simulations = {name for store in (*stores.values(), *predictions.values()) for name in store}
     results = _results(steps, simulations)
     page = _environment().get_template("template.html").render(
@@ -111,17 +132,21 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         run=run,
         version=__version__,
         summary=_summary(steps),
-        headlines=_headlines(results, predictions),
+        headlines=[*halos.headlines(), *_headlines(results, predictions)],
         steps=[_step_row(step, steps) for step in steps],
         sections=sections,
         confusions=_confusions(results, predictions),
-        results=[row for row in results if row["metric"] not in _CONFUSION],
+        results=[
+            row
+            for row in results
+            if row["metric"] not in _CONFUSION and row["step"] not in halos.tabulated
+        ],
         resources=[row for step in steps for row in _resources(step)],
         restarts=[row for step in steps for row in _restarts(step)],
         versions=_versions(steps),
     )  # fmt: skip
     durable.write_text(out / FILE, page)
-    progress.report(5, 5)
+    progress.report(7, 7)
 
 
 def _environment() -> jinja2.Environment:
@@ -138,108 +163,6 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-# Figures
-
-
-class _Panel(NamedTuple):
-    """One picture of the page, one panel of a figure for papers."""
-
-    draw: "Callable[[Axes, Palette], None]"
-    alt: str
-
-
-@dataclass(frozen=True)
-class _Image:
-    """A picture as data URIs for light and for dark ground."""
-
-    light: str
-    dark: str
-    alt: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Pictures that belong together: a figure of the page and its files for papers."""
-
-    title: str
-    caption: str
-    images: list[_Image]
-    files: list[str]
-
-
-class _Artist:
-    """Draws panels twice for the page (light, dark) and once for papers."""
-
-    def __init__(self, run: Run, out: Path, predictions: Iterable[str], hods: Sequence[str]) -> None:
-        from galdist.report import plots
-
-        self.run, self.out, self.hods = run, out, set(hods)
-        (out / FIGURES).mkdir(parents=True, exist_ok=True)
-        self.palette = plots.Palette(list(predictions), hods)
-
-    def block(
-        self,
-        name: str,
-        title: str,
-        caption: str,
-        panels: Sequence[_Panel],
-        sources: Iterable[Step],
-        size: tuple[float, float] | None = None,
-        columns: int = 3,
-    ) -> _Block:
-        """Draw ``panels`` into files called ``name``; ``sources`` are the steps whose results they show."""
-        from galdist.report import plots
-
-        size = size or plots.PANEL
-        made_by = ", ".join(
-            f"{step.name} {_short(step.provenance.get('fingerprint'))}".strip() for step in sources
-        )
-        origin = f"Run {self.run.name}; {made_by}."
-        images = [_image(panel, self.palette, size) for panel in panels]
-        columns = min(columns, len(panels))
-        rows = math.ceil(len(panels) / columns)
-        with plots.style():
-            drawn, axes = plots.figure(columns, rows, size)
-            for ax in axes[len(panels) :]:
-                ax.remove()
-            for ax, panel in zip(axes, panels, strict=False):
-                panel.draw(ax, self.palette)
-            plots.sign(drawn, f"galdist {__version__}. {origin}")
-            about = {"Title": title, "Creator": f"galdist {__version__}"}
-            for suffix, extra in (
-                (".pdf", {"Subject": f"{caption} {origin}", "CreationDate": None}),
-                (".png", {"Description": f"{caption} {origin}"}),
-            ):
-                path = self.out / FIGURES / f"{name}{suffix}"
-                with durable.atomic_path(path) as temporary:
-                    drawn.savefig(
-                        temporary,
-                        format=suffix[1:],
-                        metadata=about | extra,
-                        facecolor=plots.GROUND if suffix == ".png" else "none",
-                    )
-                drawn.set_layout_engine("none")  # the layout of the first file serves both
-        files = [f"{FIGURES}/{name}{suffix}" for suffix in (".pdf", ".png")]
-        return _Block(title, f"{caption} {origin}", images, files)
-
-
-def _image(panel: _Panel, palette: "Palette", size: tuple[float, float]) -> _Image:
-    from galdist.report import plots
-
-    with plots.style():
-        drawn, axes = plots.figure(panel=size)
-        panel.draw(axes[0], palette)
-        file = io.StringIO()
-        drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    light, dark = (
-        "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-        for svg in (file.getvalue(), plots.on_dark(file.getvalue()))
-    )
-    return _Image(light, dark, panel.alt, width=round(96 * size[0]), height=round(96 * size[1]))
-
-
 # Boxes
 
 
@@ -253,12 +176,13 @@ class _Layer(NamedTuple):
 
 
 def _slices(
-    artist: _Artist,
+    artist: Artist,
     config: ReportConfig,
     steps: Sequence[Step],
     stores: Mapping[str, GridStore],
     predictions: Mapping[str, GridStore],
-) -> list[_Block]:
+    hods: Sequence[str],
+) -> list[Block]:
     """Input, truth and predictions of the first predicted boxes (of the first test boxes where none is)."""
     by_name = {step.name: step for step in steps}
     predicted = {name for store in predictions.values() for name in store}
@@ -272,7 +196,7 @@ def _slices(
     for number, (step, name) in enumerate(boxes[: config.boxes], start=1):
         grids = stores[step][name]
         holders = {label: store[name] for label, store in predictions.items() if name in store}
-        layers = _layers(grids, holders, artist.hods)
+        layers = _layers(grids, holders, hods)
         planes, low, high = _slab(grids, config.slab)
         images = {layer.title: _project(layer, planes) for layer in layers}
         scale = max(
@@ -280,7 +204,7 @@ def _slices(
         )
         where = f"z = {low:.3g} to {high:.3g} Mpc/h of the {grids.attrs.box_size:g} Mpc/h box {name}"
         panels = [
-            _Panel(
+            Panel(
                 partial(_draw_slice, layer, images[layer.title], scale),
                 f"Map of {layer.title} ({_words(layer.field)}) in the slab {where}"
                 + (f": {images[layer.title].sum():.0f} in all." if layer.quantity == "counts" else "."),
@@ -363,15 +287,23 @@ def _draw_slice(
 # Training
 
 
-def _training(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
-    """Curves of every step that trained."""
-    blocks = []
+def _training(artist: Artist, steps: Sequence[Step]) -> list[Block]:
+    """Curves of every step that trained; of seeds of one model, the first one's."""
+    declared = {entry["name"]: entry for entry in artist.run.config["steps"]}
+    groups: dict[str, list[Step]] = defaultdict(list)
     for step in steps:
-        history = step.history if step.has("history.jsonl") else []
-        if not history:
-            continue
+        if step.has("history.jsonl") and step.history:
+            config = {key: value for key, value in step.config.items() if key != "seed"}
+            alike = declared[step.name].get("inputs"), config, "seed" in step.config or step.name
+            groups[durable.fingerprint(alike)].append(step)
+    blocks = []
+    for step, *others in groups.values():
+        history = step.history
         kept = None
         caption = f"Training of {step.name}: {len(history)} epochs."
+        if others:
+            names = f"{others[0].name} to {others[-1].name}" if len(others) > 1 else others[0].name
+            caption += f" Of {1 + len(others)} seeds, the first ({names} alike)."
         if step.has("model/model.yaml"):
             model = yaml.safe_load((step.path / "model" / "model.yaml").read_text(encoding="utf-8"))
             kept = model["epoch"] + 1
@@ -381,7 +313,7 @@ def _training(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
     return blocks
 
 
-def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None) -> list[_Panel]:
+def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None) -> list[Panel]:
     """Losses, scores, every other number that was recorded, and speed."""
     from galdist.report import plots
 
@@ -391,7 +323,7 @@ def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None)
     }
     epoch = columns["epoch"] + 1  # the first epoch is 0 in files and 1 to people
 
-    def panel(what: str, names: Mapping[str, str], draw: _DrawEpochs) -> _Panel:
+    def panel(what: str, names: Mapping[str, str], draw: _DrawEpochs) -> Panel:
         found = {name: columns[key] for key, name in names.items() if key in columns}
 
         def drawn(ax: "Axes", palette: "Palette") -> None:
@@ -400,7 +332,7 @@ def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None)
                 plots.mark_epoch(ax, kept)
 
         last = ", ".join(f"{name} {values[-1]:.4g}" for name, values in found.items())
-        return _Panel(drawn, f"{what} of {name} against epoch; after {epoch.size} epochs: {last}.")
+        return Panel(drawn, f"{what} of {name} against epoch; after {epoch.size} epochs: {last}.")
 
     panels = [panel("Loss", _LOSSES, plots.plot_loss)]
     if any(key in columns for key in _SCORES):
@@ -417,7 +349,7 @@ def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None)
 # Spectra
 
 
-def _spectra(artist: _Artist, steps: Sequence[Step], stores: Mapping[str, GridStore]) -> list[_Block]:
+def _spectra(artist: Artist, steps: Sequence[Step], stores: Mapping[str, GridStore]) -> list[Block]:
     """P(k), r(k) and T(k) of every step with spectra: boxes of one suite and mesh together, as their mean."""
     suites = {name: store[name].attrs.suite for store in stores.values() for name in store}
     blocks = []
@@ -425,9 +357,9 @@ def _spectra(artist: _Artist, steps: Sequence[Step], stores: Mapping[str, GridSt
         if not step.has("spectra.json"):
             continue
         groups: dict[tuple[Any, ...], dict[str, Any]] = defaultdict(dict)
-        for name, measured in load_spectra(step.path)["simulations"].items():
-            mesh = measured["box_size"], measured["n_mesh"], measured["redshift"]
-            groups[suites.get(name, ""), *mesh][name] = measured
+        for name, found in load_spectra(step.path)["simulations"].items():
+            mesh = found["box_size"], found["n_mesh"], found["redshift"]
+            groups[suites.get(name, ""), *mesh][name] = found
         for number, ((suite, box_size, n_mesh, redshift), boxes) in enumerate(groups.items(), start=1):
             names = ", ".join(boxes) if len(boxes) <= 4 else f"{len(boxes)} boxes"
             caption = (
@@ -446,7 +378,7 @@ def _spectra(artist: _Artist, steps: Sequence[Step], stores: Mapping[str, GridSt
     return blocks
 
 
-def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
+def _spectra_panels(boxes: list[dict[str, Any]]) -> list[Panel]:
     from galdist.report import plots
 
     k, nyquist = boxes[0]["k"], boxes[0]["nyquist"]
@@ -459,7 +391,7 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     transfers = {label: curve for label, curve in transfers.items() if label != MATTER and _is_count(label)}
     powers = {label: curve for label, curve in powers.items() if _is_count(label)}
     panels = [
-        _Panel(
+        Panel(
             lambda ax, palette: plots.plot_power(
                 ax, k, powers, palette, nyquist, {TRUTH: noises[TRUTH].value}
             ),
@@ -468,14 +400,14 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[_Panel]:
     ]
     if correlations:
         panels.append(
-            _Panel(
+            Panel(
                 lambda ax, palette: plots.plot_correlation(ax, k, correlations, palette, nyquist),
                 f"Cross-correlation coefficient r(k) with the truth. {_ends(k, correlations)}",
             )
         )
     if transfers:
         panels.append(
-            _Panel(
+            Panel(
                 lambda ax, palette: plots.plot_transfer(ax, k, transfers, palette, nyquist),
                 f"Transfer function T(k). {_ends(k, transfers)}",
             )
@@ -504,7 +436,7 @@ def _curves(boxes: list[dict[str, Any]], group: str, key: str) -> "dict[str, Cur
     return means
 
 
-def _occupation(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
+def _occupation(artist: Artist, steps: Sequence[Step]) -> list[Block]:
     """Mean numbers of galaxies that halo occupation models were fitted to."""
 
     blocks = []
@@ -517,7 +449,7 @@ def _occupation(artist: _Artist, steps: Sequence[Step]) -> list[_Block]:
             f"M_min = {fitted['M_min']:.3g} Msun/h, M_1 = {fitted['M_1']:.3g} Msun/h, "
             f"alpha = {fitted['alpha']:.3g}"
         )
-        panel = _Panel(
+        panel = Panel(
             partial(_draw_occupation, bins, fitted["M_min"]),
             f"Mean number of galaxies in halos against halo mass, measured and fitted: {parameters}.",
         )
@@ -755,17 +687,10 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _short(fingerprint: Any) -> str:
-    return str(fingerprint or "")[:8]
-
-
 def _value(row: MetricRow) -> str:
     """Value and error, as far as their digits mean something."""
     value, error = row["value"], row["error"]
-    if error is None or error <= 0:
-        return _number(value)
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return _number(value) if error is None or error <= 0 else measured(value, error)
 
 
 def _number(value: float) -> str:

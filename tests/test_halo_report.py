@@ -1,0 +1,355 @@
+"""The report's sections on galaxies in halos: figures, tables, LaTeX, published figures beside our own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+from run_fixture import HAS_SPECTRA
+from small_tables import make_tables
+
+from galdist.catalogs.centrals import read_centrals
+from galdist.catalogs.samples import create_samples
+from galdist.report import halo_plots, plots, tables
+from galdist.report.published import PUBLISHED
+from galdist.report.report import ReportConfig, report
+from galdist.report.tables import Cell, Row, Table
+from galdist.run import RunError
+from galdist.statistics.scores import ScoresConfig, load_scores, scores
+from galdist.statistics.tracer_spectra import load_tracers
+from hpc import durable
+
+N = 2600
+TARGETS = ("log_stellar_mass", "color_gi")
+PAIR = "+".join(TARGETS)
+LABELS = {"sqr": "SQR joint", "best-1": "Flow", "best-2": "Flow", "far": "100% & far_off", "mass": "Mass"}
+"""Step -> label; Flow has two seeds, Mass draws stellar masses alone."""
+
+
+def _galaxies() -> dict[str, NDArray[Any]]:
+    """Columns with galaxies of all tracers, clustered."""
+    random = np.random.default_rng(3)
+    mass = random.uniform(8.8, 11.2, N)
+    color = np.where(random.random(N) < 0.3, random.normal(1.1, 0.05, N), random.normal(0.7, 0.15, N))
+    centers = random.uniform(0, 25, (150, 3))
+    position = (centers[random.integers(0, 150, N)] + random.normal(0, 0.6, (N, 3))) % 25
+    return {
+        "log_halo_mass": mass + 2,
+        "spin": np.zeros(N),
+        "log_stellar_mass": mass.astype("f4"),
+        "color_gi": color.astype("f4"),
+        "position": position.astype("f4"),
+        "split": np.repeat(np.array([2, 1, 0], "i1"), [2000, 400, 200]),
+    }
+
+
+def _predict(
+    step: Path, centrals: Path, label: str, noise: float, targets: tuple[str, ...], seed: int
+) -> None:
+    truth = read_centrals([centrals], TARGETS, "test")
+    random = np.random.default_rng(seed)
+    values = np.stack([truth.columns[name] for name in targets], axis=1)
+    draws = values[:, None] + noise * random.normal(size=(len(values), 9, len(targets)))
+    attrs = truth.simulations[0]
+    store = create_samples(
+        step / "samples.zarr", [(attrs, len(values))], targets, 9, label, "mock", [f"{step.name}"]
+    )
+    for start in store.starts(attrs.name):
+        part = slice(start, start + store.chunk)
+        extrapolated = np.zeros(len(values[part]), bool)
+        store.write(attrs.name, start, truth.row[part], values[part], draws[part], extrapolated)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose scores, and tracers where nbodykit is there, the real stages measured."""
+    folder = tmp_path_factory.mktemp("runs") / "halos"
+    centrals = make_tables(folder / "centrals", (N,), **_galaxies())
+    predictions = []
+    for seed, (name, label) in enumerate(LABELS.items()):
+        noise = 0.5 if name == "far" else 0.05 if name == "sqr" else 0.01
+        targets = TARGETS[:1] if name == "mass" else TARGETS
+        _predict(folder / name, centrals, label, noise, targets, seed)
+        predictions.append(folder / name)
+    (folder / "scores").mkdir()
+    config = ScoresConfig(bootstrap=4, floor_draws=4)
+    scores(config, {"catalogs": [centrals], "predictions": predictions}, folder / "scores")
+    measured = ["scores"]
+    if HAS_SPECTRA:
+        _tracers(folder, [path.name for path in predictions])
+        measured.append("tracers")
+    inputs = {"catalogs": ["centrals"], "predictions": list(LABELS)}
+    steps = [
+        {"name": "centrals", "stage": "centrals", "config": {}},
+        *(
+            {"name": name, "stage": "sample", "config": {}, "inputs": {"catalogs": ["centrals"]}}
+            for name in LABELS
+        ),
+        *({"name": name, "stage": name, "config": {}, "inputs": inputs} for name in measured),
+        {"name": "report", "stage": "report", "config": {}, "inputs": {"steps": measured}},
+    ]
+    durable.write_text(folder / "run.yaml", yaml.safe_dump({"name": "halos", "seed": 1, "steps": steps}))
+    durable.write_json(folder / ".plan.json", {str(step["name"]): f"{step['name']}0123456" for step in steps})
+    return folder
+
+
+def _tracers(folder: Path, predictions: list[str]) -> None:
+    """The real stage, in a process of its own: importing nbodykit changes Dask's scheduler."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from galdist.statistics.tracer_spectra import TracersConfig, tracers\n"
+        "run, *predictions = map(Path, sys.argv[1:])\n"
+        "config = TracersConfig(n_mesh=16, k_max=1.5, band=(0.3, 1.2), jackknife=2)\n"
+        "inputs = {'catalogs': [run / 'centrals'], 'predictions': [run / p for p in predictions]}\n"
+        "tracers(config, inputs, run / 'tracers')"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(folder), *predictions],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def _report(run: Path, out: str = "report", **config: Any) -> str:
+    steps = [path for path in run.iterdir() if (path / "scores.json").exists() or path.name == "tracers"]
+    report(ReportConfig(**config), {"steps": steps}, run / out)
+    return (run / out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return _report(run, published="tng300")
+
+
+def _cells(page: str, title: str) -> list[list[str]]:
+    """Cells of the table in the page's region ``title``."""
+    table = page[page.index(f'aria-label="{title}"') :].split("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [
+        [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row)]
+        for row in rows
+    ]
+
+
+def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path) -> None:
+    found = ["Tracers"] if HAS_SPECTRA else []
+    headings = ["Summary", "Distributions", *found, "Resources", "Provenance"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == headings
+    figures = {"marginals", "joint", "calibration", "points", "points-others"}
+    names = {"ks", "distances", "proper-scores", "coverage", "points-1", "points-2", "points-3"}
+    if HAS_SPECTRA:
+        kinds = ("residuals", "correlation", "cross", "confusion")
+        figures |= {"tracers", *(f"tracer-{name}" for name in kinds)}
+        kinds = ("counts", "chi2-band", "chi2-all", "relative", "stochasticity")
+        names |= {f"tracer-{name}" for name in kinds}
+    drawn = {path.name for path in (run / "report" / "figures").iterdir()}
+    assert drawn == {f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
+    assert {path.name for path in (run / "report" / "tables").iterdir()} == {f"{n}.tex" for n in names}
+    for link in re.findall(r'href="((?:tables|figures)/.*?)"', page):
+        assert (run / "report" / link).is_file()
+
+
+def test_scores_stand_beside_published_ones_and_the_noise_floor(page: str, run: Path) -> None:
+    rows = {(r["label"], r["metric"], r["of"]): r for r in load_scores(run / "scores")["rows"]}
+    groups, heads, *lines, floor = _cells(page, "Kolmogorov–Smirnov distances")
+    assert groups == ["", "log M∗", "g–i", "log M∗ and g–i, flat", "log M∗ and g–i, mean"]
+    assert heads == ["Model", "ours", "ours", "published", "ours", "published", "ours"]
+    table = {line[0]: line[1:] for line in lines}
+    assert table["SQR joint"][2] == "0.00511"
+    assert table["SQR joint"][4] == "0.0095"
+    assert table["Flow"][2] == ""
+    for label in ("SQR joint", "Flow"):
+        ours = float(table[label][3].split(" ± ")[0])
+        assert ours == pytest.approx(rows[label, "ks_flat", PAIR]["value"], abs=1e-3)
+    assert table["Mass"][1:] == [""] * 5
+    assert floor[0] == "Noise floor"
+    assert float(floor[4].split(" ± ")[0]) == pytest.approx(rows["Flow", "ks_flat", PAIR]["floor"], abs=1e-3)
+
+
+def test_only_what_is_at_the_noise_floor_stands_out(page: str) -> None:
+    table = page[page.index('aria-label="Kolmogorov') :].split("</table>")[0]
+    lines = {line.split("</th>")[0]: line for line in table.split('<tr><th scope="row">')[1:]}
+    assert lines["Flow"].count("<strong>") == 4
+    assert "<strong>" not in lines["100% &amp; far_off"]
+
+
+def test_published_errors_stand_beside_those_of_draws(page: str, run: Path) -> None:
+    title = "Errors of single values: log M∗ and g–i"
+    lines = [line for line in _cells(page, title) if line[0] == "SQR joint"]
+    assert [line[1] for line in lines] == ["published", "ours, draws", "ours, best values"]
+    assert lines[0][2:] == ["0.0474", "0.1655", "0.2178", "0.4709", "0.1324", "27.56"]
+    rows = {(r["label"], r["metric"], r["of"]): r["value"] for r in load_scores(run / "scores")["rows"]}
+    assert float(lines[1][2].split(" ± ")[0]) == pytest.approx(rows["SQR joint", "mse_draw", PAIR], abs=1e-3)
+    caption = page[page.index(f'aria-label="{title}"') :].split("</caption>")[0]
+    assert "are of random draws" in caption
+
+
+def test_without_published_figures_there_is_no_word_of_them(run: Path) -> None:
+    page = _report(run, "again", models=["Flow"])
+    assert "ublished" not in page
+    assert PUBLISHED["tng300"].citation.split(",")[0] not in page
+    assert "Flow" in page[page.index("<picture>") : page.index("</picture>")]
+
+
+def test_figures_show_the_best_and_the_published_ones(page: str) -> None:
+    legends = re.findall(r'alt="Legend: (.*?)\."', page)
+    assert legends[0] == "truth, Flow, SQR joint, 100% &amp; far_off, Mass"
+
+
+def test_models_that_are_not_there_are_named(run: Path) -> None:
+    with pytest.raises(RunError, match=r"no label 'Flaw'; the run has SQR joint, Flow"):
+        _report(run, "again", models=["Flaw"])
+    with pytest.raises(ValueError, match="nothing is known of 'tng'; there is tng300"):
+        ReportConfig(published="tng")
+
+
+@pytest.mark.skipif(not HAS_SPECTRA, reason="nbodykit is not installed")
+def test_tables_of_tracers_hold_what_was_measured(page: str, run: Path) -> None:
+    box = load_tracers(run / "tracers")["simulations"]["box_0"]
+    table = {line[0]: line[1:] for line in _cells(page, "Galaxies of each tracer")}
+    assert table["truth"] == [str(n) for n in box["counts"]["truth"]]
+    assert table["published truth"][1:3] == ["1497", "1942"]
+    chi2 = {line[0]: line[1:] for line in _cells(page, "χ² over the 4 bins of 0.3 to 1.2 h/Mpc")}
+    assert set(chi2) == {"Model", "SQR joint", "Flow", "100% &amp; far_off"}
+    for number, text in zip(box["tracers"], chi2["Flow"], strict=True):
+        found = box["tracers"][number]["labels"]["Flow"]["chi2_band"]
+        assert float(text.split(" ± ")[0]) == pytest.approx(found["value"], rel=0.05, abs=1e-3)
+
+
+# Tables
+
+
+TABLE = Table(
+    "some",
+    "Some",
+    "50% of χ² & more_",
+    ("Model", "a", "b"),
+    (Row("x_1", (Cell("0.10 ± 0.02", strong=True), Cell())), Row("y", (Cell("-1.5e-05"), Cell("no $")))),
+    (Row("floor", (Cell("3"), Cell())),),
+    (("both", 2),),
+)
+
+
+def test_latex_tables_are_whole_and_escaped(tmp_path: Path) -> None:
+    tables.save_latex(TABLE, tmp_path)
+    text = (tmp_path / "tables" / "some.tex").read_text()
+    assert r"\caption{50\% of $\chi$$^2$ \& more\_}" in text
+    assert r" & \multicolumn{2}{c}{both} \\" in text
+    assert r"x\_1 & {\boldmath$0.10 \pm 0.02$} &  \\" in text
+    assert r"y & $-1.5\times 10^{-5}$ & no \$ \\" in text
+    body = text.split(r"\begin{tabular}{lrr}")[1].split(r"\end{tabular}")[0]
+    counts = {line.count("&") for line in body.splitlines() if line.endswith(r"\\") and "multi" not in line}
+    assert counts == {2}
+    assert text.count(r"\begin{") == text.count(r"\end{")
+    for rule in ("toprule", "bottomrule"):
+        assert text.count(rule) == 1
+    assert text.count("midrule") - text.count("cmidrule") == 2
+
+
+@pytest.mark.parametrize("name", ["ks", "points-3", "proper-scores"])
+def test_every_line_of_a_saved_table_has_all_columns(page: str, run: Path, name: str) -> None:
+    del page
+    text = (run / "report" / "tables" / f"{name}.tex").read_text()
+    width = len(re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)[0])
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    for line in lines:
+        spans = sum(int(n) - 1 for n in re.findall(r"multicolumn\{(\d+)\}", line))
+        assert len(re.findall(r"(?<!\\)&", line)) + 1 + spans == width
+    assert not re.search(r"(?<!\\)[%#]", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.1234, 0.0567, "0.123 ± 0.057"),
+        (0.0754794, 1.8e-6, "0.075479 ± 0.000002"),
+        (0.5, 1e-12, "0.50000 ± 0.00001"),
+        (40640.2, None, "40640"),
+        (0.12345, None, "0.1235"),
+        (float("nan"), 0.1, ""),
+    ],
+)
+def test_numbers_have_the_digits_that_mean_something(value: float, error: float | None, text: str) -> None:
+    assert tables.measured(value, error) == text
+
+
+# Figures
+
+PALETTE = plots.Palette(models=["a", "b", "c", "d", "e"])
+
+
+def test_contours_hold_the_fractions_they_say() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(2, 200_000))
+    with plots.style():
+        _, (ax,) = plots.figure()
+        halo_plots.plot_joint(ax, (x, y), (x, y), PALETTE, "a", ("x", "y"))
+    # Of a Gaussian 39.3, 67.5 and 95.0% lie within 1, 1.5 and 2.45 sigma.
+    paths = [path for path in ax.collections[-1].get_paths() if len(path.vertices)]
+    radii = sorted(np.median(np.hypot(*path.vertices.T)) for path in paths)
+    np.testing.assert_allclose(radii, [0.994, 1.510, 2.448], rtol=0.03)
+
+
+def test_coverage_of_a_calibrated_model_is_nominal_and_of_a_narrow_one_below() -> None:
+    with plots.style():
+        _, (ax,) = plots.figure()
+        narrow = np.full(51, 10.0)
+        narrow[[0, -1]] = 200
+        halo_plots.plot_coverage(ax, {"a": np.full(51, 100.0), "b": narrow}, 5100, PALETTE, "x")
+    _, flat, below = (line.get_ydata() for line in ax.lines)
+    np.testing.assert_allclose(flat, 0, atol=1e-9)
+    assert below[0] == pytest.approx(100 * (490 / 890 - 49 / 51))
+
+
+def test_rank_histograms_have_unit_mean_whatever_the_number_of_draws() -> None:
+    with plots.style():
+        _, (ax,) = plots.figure()
+        halo_plots.plot_ranks(ax, {"a": np.arange(1, 52), "b": np.full(21, 7)}, 1000, PALETTE, "x")
+    for stairs in ax.patches[:2]:
+        values, edges, _ = stairs.get_data()
+        assert np.sum(values * np.diff(edges)) == pytest.approx(1)
+
+
+def test_marginals_are_densities_and_their_ratio_to_the_truth() -> None:
+    random = np.random.default_rng(0)
+    truth, model = random.normal(size=20_000), random.normal(0.1, 1, 30_000)
+    with plots.style():
+        _, (ax,) = plots.figure(panel=halo_plots.TALL)
+        halo_plots.plot_marginal(ax, truth, {"a": model}, PALETTE, "x")
+    density, edges, _ = ax.patches[1].get_data()
+    assert np.sum(density * np.diff(edges)) == pytest.approx(1, abs=2e-3)
+    found, _, _ = ax.patches[2].get_data()
+    ratio, _, _ = ax.child_axes[0].patches[0].get_data()
+    good = np.isfinite(ratio)
+    np.testing.assert_allclose(ratio[good], found[good] / density[good])
+    assert good.sum() > 20
+
+
+def test_power_that_is_not_positive_is_left_out_and_the_ratio_is_relative() -> None:
+    k = np.linspace(0.05, 1, 20)
+    power = 1000 / k
+    power[5] = -3.0
+    curve = plots.Curve(power, 0.1 * np.abs(power))
+    with plots.style():
+        figure, (ax,) = plots.figure(panel=halo_plots.TALL)
+        halo_plots.plot_tracer_power(ax, k, curve, {"a": 1.1 * power}, PALETTE, (0.1, 0.4), "x")
+        figure.draw_without_rendering()
+    below = ax.child_axes[0]
+    ratio = below.lines[1].get_ydata()
+    assert np.isnan(ratio[5])
+    np.testing.assert_allclose(np.delete(ratio, 5), 0.1)
+    assert ax.get_yscale() == "log"
+    assert ax.get_xlim() == below.get_xlim()
+
+
+def test_models_look_the_same_everywhere_and_differ() -> None:
+    looks = [PALETTE[label] for label in "abcde"]
+    assert len({look.color for look in looks}) == len({str(look.line) for look in looks}) == 5
+    assert plots.INK not in {look.color for look in looks}
+    assert PALETTE["truth"].color == plots.INK
+    assert plots.Palette(models=["a:b"])["a:b"].name == "a:b"
