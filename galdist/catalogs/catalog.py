@@ -24,6 +24,7 @@ from galdist.grids.store import (
     Split,
     StoreError,
     consolidate,
+    open_root,
     unknown_name,
     use_zarrs,
 )
@@ -204,18 +205,8 @@ def open_catalog(path: str | Path) -> CatalogStore:
     StoreError
         where there is none, it is unfinished, or of another format or version.
     """
-    use_zarrs()
-    try:
-        root = zarr.open_group(path, mode="r", zarr_format=3)
-    except (FileNotFoundError, GroupNotFoundError) as error:
-        raise StoreError(f"{path}: no catalogue store here") from error
-    for key, expected in (("format", FORMAT), ("version", VERSION)):
-        if (found := root.attrs.get(key)) != expected:
-            raise StoreError(
-                f"{path}: {key} is {found!r}, expected {expected!r}"
-                + ("" if found is not None else ": it is no catalogue store, or it was not finished")
-            )
-    return CatalogStore(path, root)
+    where = "the stages `catalog`, `centrals` and `smogn` leave one, catalog.zarr"
+    return CatalogStore(path, open_root(path, "catalogue store", FORMAT, VERSION, where))
 
 
 def catalog(config: CatalogConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:

@@ -18,9 +18,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
-from zarr.errors import GroupNotFoundError
 
-from galdist.grids.store import SimulationAttrs, StoreError, consolidate, unknown_name, use_zarrs
+from galdist.grids.store import SimulationAttrs, StoreError, consolidate, open_root, unknown_name, use_zarrs
 
 FORMAT = "galdist-samples"
 VERSION = 1
@@ -326,20 +325,8 @@ def open_samples(path: str | Path, mode: Literal["r", "r+"] = "r") -> SamplesSto
     StoreError
         where there is no store, or it is of another format or version.
     """
-    use_zarrs()
-    try:
-        root = zarr.open_group(path, mode=mode, zarr_format=3)
-    except (FileNotFoundError, GroupNotFoundError) as error:
-        raise StoreError(
-            f"{path}: no samples store here; the stages `sample` and `baseline` leave one, samples.zarr"
-        ) from error
-    for key, expected in (("format", FORMAT), ("version", VERSION)):
-        if (found := root.attrs.get(key)) != expected:
-            raise StoreError(
-                f"{path}: {key} is {found!r}, expected {expected!r}"
-                + ("" if found is not None else ": it is no samples store, or its creation was cut short")
-            )
-    return SamplesStore(path, root)
+    where = "the stages `sample` and `baseline` leave one, samples.zarr"
+    return SamplesStore(path, open_root(path, "samples store", FORMAT, VERSION, where, mode))
 
 
 def _strings(value: Any) -> list[str]:

@@ -427,21 +427,41 @@ def open_store(path: str | Path, mode: Literal["r", "r+"] = "r") -> GridStore:
     StoreError
         where there is no store, or it is of another format or version.
     """
+    where = "the stage that writes it leaves a folder that ends in .zarr"
+    return GridStore(path, open_root(path, "grid store", FORMAT, VERSION, where, mode))
+
+
+def open_root(
+    path: str | Path, kind: str, form: str, version: int, where: str, mode: Literal["r", "r+"] = "r"
+) -> zarr.Group:
+    """Open the root group of a store and check that it is one of its kind, and whole.
+
+    Parameters
+    ----------
+    kind
+        what the store is called.
+    form, version
+        its attributes ``format`` and ``version``, which are written last.
+    where
+        what to say to those who look for it in the wrong place.
+
+    Raises
+    ------
+    StoreError
+        where there is no store, it is unfinished, or of another format or version.
+    """
     use_zarrs()
     try:
         root = zarr.open_group(path, mode=mode, zarr_format=3)
     except (FileNotFoundError, GroupNotFoundError) as error:
-        raise StoreError(
-            f"{path}: no grid store here; the stage that writes it leaves a folder that ends in .zarr"
-        ) from error
-    for key, expected in (("format", FORMAT), ("version", VERSION)):
-        found = root.attrs.get(key)
-        if found != expected:
+        raise StoreError(f"{path}: no {kind} here; {where}") from error
+    for key, expected in (("format", form), ("version", version)):
+        if (found := root.attrs.get(key)) != expected:
             raise StoreError(
                 f"{path}: {key} is {found!r}, expected {expected!r}"
-                + ("" if found is not None else ": it is no grid store, or its creation was cut short")
+                + ("" if found is not None else f": it is no {kind}, or it was not finished")
             )
-    return GridStore(path, root)
+    return root
 
 
 def consolidate(root: zarr.Group) -> zarr.Group:
