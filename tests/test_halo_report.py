@@ -212,7 +212,7 @@ def test_models_that_are_not_there_are_named(run: Path) -> None:
 def test_tables_of_tracers_hold_what_was_measured(page: str, run: Path) -> None:
     box = load_tracers(run / "tracers")["simulations"]["box_0"]
     table = {line[0]: line[1:] for line in _cells(page, "Galaxies of each tracer")}
-    assert table["truth"] == [str(n) for n in box["counts"]["truth"]]
+    assert table["truth"] == [f"{n:.0f}" for n in box["counts"]["truth"]]
     assert table["published truth"][1:3] == ["1497", "1942"]
     chi2 = {line[0]: line[1:] for line in _cells(page, "χ² over the 4 bins of 0.3 to 1.2 h/Mpc")}
     assert set(chi2) == {"Model", "SQR joint", "Flow", "100% &amp; far_off"}

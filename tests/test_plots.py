@@ -245,7 +245,7 @@ def _on_dark(color: str) -> str:
     return plots.on_dark(color)
 
 
-LINES = (plots.INK, plots.MATTER, plots.HOD, *plots.PREDICTIONS)
+LINES = (plots.INK, plots.MATTER, plots.HOD, *plots.PREDICTIONS, plots.MODELS[-1])
 
 
 @pytest.mark.parametrize(("ground", "recolor"), [("#ffffff", str), ("#14171a", _on_dark)])
@@ -281,6 +281,7 @@ def test_colors_differ_to_any_color_vision(vision: str, recolor: Callable[[str],
         f = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
-    # What a figure usually holds: truth, matter, occupation and two predictions.
-    for first, second in itertools.combinations(LINES[:5], 2):
-        assert np.linalg.norm(lab(first) - lab(second)) > 11, (first, second)
+    # What a figure usually holds: truth, matter, occupation and two predictions; or truth and models.
+    for held in (LINES[:5], (plots.INK, *plots.MODELS)):
+        for first, second in itertools.combinations(held, 2):
+            assert np.linalg.norm(lab(first) - lab(second)) > 11, (first, second)

@@ -184,9 +184,7 @@ def plot_coverage(
     )  # fmt: skip
 
 
-def plot_points(
-    ax: Axes, truth: ArrayLike, predicted: ArrayLike, title: str, label: str, note: str = ""
-) -> None:
+def plot_points(ax: Axes, truth: ArrayLike, predicted: ArrayLike, title: str, label: str) -> None:
     """Best single values against true ones, as numbers of galaxies on a log scale; dashed: equal."""
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
     low, high = _edges(truth, [])[[0, -1]]
@@ -197,12 +195,10 @@ def plot_points(
         norm=LogNorm(1, max(number.max(), 10)), cmap=mpl.colormaps["viridis"],
     )  # fmt: skip
     ax.axline((low, low), slope=1, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-    ax.set(title=plain(title), xlabel=f"true {label}", ylabel=f"predicted {label}")
+    ax.set_title(plain(title), fontsize=9)
+    ax.set(xlabel=f"true {label}", ylabel=f"predicted {label}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
-    ax.annotate(
-        note, (0, 1), (6, -6), xycoords="axes fraction", textcoords="offset points", va="top", fontsize=8.5
-    )
     bar = ax.figure.colorbar(shown, ax=ax, label="galaxies", pad=0.02, aspect=28)
     bar.outline.set_linewidth(0.5)
 

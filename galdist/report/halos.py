@@ -366,7 +366,7 @@ class _Populations:
 
         kind = halo_plots.property_of(name)
         said = [
-            f"{_POINT[metric]} {measured(row['value'])}"
+            f"{_POINT[metric]} {row['value']:.3g}"
             for metric in ("rmse", "r2")
             if (row := self.scores.row(label, metric, name)) is not None
         ]
@@ -374,8 +374,8 @@ class _Populations:
         def draw(ax: "Axes", palette: "Palette") -> None:
             del palette
             halo_plots.plot_points(
-                ax, self._true(name), self.draws[label].of(name, point=True), label, kind.label,
-                "\n".join(said).replace("R²", "$R^2$"),
+                ax, self._true(name), self.draws[label].of(name, point=True),
+                ", ".join([label, *said]), kind.label,
             )  # fmt: skip
 
         return Panel(draw, f"{kind.name}: best single value of {label} against truth. {', '.join(said)}.")
@@ -793,9 +793,10 @@ class _TracerBox:
                 Table(
                     f"{prefix}tracer-chi2-{bins}", f"χ² {words}",
                     f"χ² of the power of each tracer of {self._where} {words}: mean over draws and seeds, "
-                    "error of the mean over seeds; lower is better. Bold: the lowest of each tracer.",
+                    "error of the mean over seeds; lower is better. Bold: the lowest of each tracer. "
+                    "Between draws: what that model would score were the truth one of its own draws.",
                     ("Model", *heads),
-                    _strongest(cells),
+                    _strongest(cells), self._between_draws(key),
                 )
             )  # fmt: skip
         tables.append(self._relative(f"{prefix}tracer-relative", heads))
@@ -813,6 +814,15 @@ class _TracerBox:
                 )
             )  # fmt: skip
         return tables
+
+    def _between_draws(self, key: str) -> tuple[Row, ...]:
+        """χ² between draws of the first model shown that has several."""
+        for label in self.labels:
+            floors = [found["self_floor"] for found in self._each(label, key)]
+            if any(floor is not None and math.isfinite(floor) for floor in floors):
+                cells = tuple(Cell(_plain(floor, 1)) for floor in floors)
+                return (Row(f"Between draws, {label}", cells),)
+        return ()
 
     def _counts(self, name: str, selections: str) -> Table:
         counts, published = self.box["counts"], self.study.published

@@ -38,14 +38,15 @@ LENGTH_UNIT = r"[$h^{-1}\,\mathrm{Mpc}$]"
 GROUND, INK, MUTED = "#ffffff", "#111111", "#6b6b6b"
 MATTER, HOD = "#9a9a9a", "#d55e00"
 PREDICTIONS = ("#0072b2", "#009e73", "#cc79a7", "#b8860b")
-MODELS = (PREDICTIONS[0], HOD, *PREDICTIONS[1:])
-"""Of models of galaxies in halos: as many as one figure can hold."""
+MODELS = (PREDICTIONS[0], HOD, *PREDICTIONS[1:3], "#6633cc")
+"""Of models of galaxies in halos: as many as one figure can hold. The last is none of Okabe & Ito's."""
 
 _ON_DARK = {
     INK: "#ececec",
     MUTED: "#a0a0a0",
     MATTER: "#8a8a8a",
     HOD: "#ff9a4d",
+    MODELS[-1]: "#8866ff",
     **dict(zip(PREDICTIONS, ("#56b4e9", "#2fc79b", "#e3a0c8", "#f0e442"), strict=True)),
 }
 
