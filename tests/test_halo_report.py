@@ -347,6 +347,18 @@ def test_power_that_is_not_positive_is_left_out_and_the_ratio_is_relative() -> N
     assert ax.get_xlim() == below.get_xlim()
 
 
+def test_panels_below_others_are_within_the_figure() -> None:
+    values = np.random.default_rng(0).normal(size=1000)
+    with plots.style():
+        figure, (ax,) = plots.figure(panel=halo_plots.TALL)
+        halo_plots.plot_marginal(ax, values, {"a": values}, PALETTE, "$x_y$")
+        plots.settle(figure)
+        figure.draw_without_rendering()
+    label = ax.child_axes[0].xaxis.label.get_window_extent()
+    assert label.y0 > 0
+    assert label.y0 < 0.08 * figure.bbox.y1
+
+
 def test_models_look_the_same_everywhere_and_differ() -> None:
     looks = [PALETTE[label] for label in "abcde"]
     assert len({look.color for look in looks}) == len({str(look.line) for look in looks}) == 5

@@ -101,6 +101,7 @@ class Artist:
             if key:
                 plots.figure_key(drawn, self.palette, key)
             plots.sign(drawn, f"galdist {__version__}. {origin}")
+            plots.settle(drawn)
             about = {"Title": title, "Creator": f"galdist {__version__}"}
             files: tuple[tuple[str, dict[str, Any]], ...] = (
                 (".pdf", {"Subject": f"{caption} {origin}", "CreationDate": None}),
@@ -125,6 +126,7 @@ class Artist:
         with plots.style():
             drawn, axes = plots.figure(panel=size)
             draw(axes[0], self.palette)
+            plots.settle(drawn)
             file = io.StringIO()
             drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
         light, dark = (

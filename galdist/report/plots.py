@@ -164,6 +164,15 @@ def figure(columns: int = 1, rows: int = 1, panel: tuple[float, float] = PANEL) 
     return created, list(created.subplots(rows, columns, squeeze=False).flat)
 
 
+def settle(drawn: Figure) -> None:
+    """Lay a figure out until Axes with others inset below have room for these, whose size follows theirs:
+    each pass knows the sizes of the one before only."""
+    engine = drawn.get_layout_engine()
+    if engine is not None and any(ax.child_axes for ax in drawn.axes):
+        for _ in range(3):
+            engine.execute(drawn)
+
+
 def on_dark(svg: str) -> str:
     """An SVG file made in this style, in the colors for dark ground. Its images stay as they are."""
     return re.sub("|".join(_ON_DARK), lambda found: _ON_DARK[found[0]], svg)
