@@ -420,7 +420,10 @@ def predict(
     catalog: Annotated[
         Path, typer.Argument(metavar="CATALOG", help="Your table of halos: .parquet, .csv or .hdf5.")
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="Where the galaxies go.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="FILE.parquet", help="Where the galaxies go; a file that is there is replaced."),
+    ],
     samples: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Draws for each halo. Default: 1.")
     ] = None,

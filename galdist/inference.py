@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,9 +169,9 @@ class Model:
         ValueError
             for a model that has no quantiles of its own.
         """
-        if not levels:
+        if len(levels) == 0:
             raise ValueError("no level of a quantile was given, such as [0.16, 0.5, 0.84]")
-        return self._frame(table, Wanted(quantiles=tuple(levels)), columns)
+        return self._frame(table, Wanted(quantiles=tuple(float(level) for level in levels)), columns)
 
     def _frame(self, table: Any, wanted: Wanted, columns: Mapping[str, str] | None) -> "pandas.DataFrame":
         import pandas
@@ -188,6 +189,14 @@ class Model:
         if not made:
             raise SettingsError("the table", [Problem((), "has no rows")])
         return pandas.DataFrame({name: np.concatenate([part[name] for part in made]) for name in made[0]})
+
+    def require(self, wanted: Wanted) -> None:
+        """Raise `hpc.strict.SettingsError` where the model cannot give what is ``wanted``."""
+        if wanted.quantiles:
+            try:
+                self._union.quantiles(self.low[None], wanted.quantiles)
+            except ValueError as error:
+                raise SettingsError("--quantiles", [Problem((), str(error))]) from error
 
     def chunk(self, wanted: Wanted) -> int:
         """Halos that are drawn together."""
@@ -364,7 +373,10 @@ def resolve(model: Model, names: Sequence[str], columns: Mapping[str, str], wher
     for name in model.inputs:
         wanted: list[Source] = []
         if name in columns:
-            wanted.append(_parse(columns[name], names))
+            given = _parse(columns[name], names)
+            wanted.append(given)
+            if given.column is None and (text := _wrong(model, name, np.array([given.constant]))):
+                problems.append(Problem((), f"{name}={columns[name]} is {text}"))
         elif name in learned:
             wanted.append(Source(renamed(learned[name])))
         if not wanted or name not in columns:
@@ -425,15 +437,21 @@ def _inputs(
                 f"{first + n - 1}: row {rows} (counted from 0). Leave those halos out"
             )
             problems.append(Problem((), text))
-        elif text := _implausible(model, name, values, source.column.column):
-            problems.append(Problem((), f"column {called} {text}"))
+        elif text := _wrong(model, name, values, source.column.column):
+            like = f"holds values like {np.median(values):.4g}, which are"
+            problems.append(Problem((), f"column {called} {like} {text}"))
     if problems:
         raise SettingsError(where, problems)
     return inputs
 
 
-def _implausible(model: Model, name: str, values: NDArray[np.float32], column: str) -> str:
-    """Why these cannot be the input ``name``, where most of them lie where no such number does."""
+def _wrong(model: Model, name: str, values: NDArray[Any], column: str = "") -> str:
+    """What these are not, where most of them lie where no number that is the input ``name`` does.
+
+    ``column`` is where they are in the table; by default the user gave a number.
+    """
+    if not np.isfinite(values).all():
+        return "no finite number"
     about = model.columns.get(name, {})
     i = model.inputs.index(name)
     low, high = (float(end[i]) for end in (model.low, model.high))
@@ -449,11 +467,12 @@ def _implausible(model: Model, name: str, values: NDArray[np.float32], column: s
         return ""
     middle = float(np.median(values))
     text = (
-        f"holds values like {middle:.4g}, which are no {what}{f' in {units}' if units else ''}: expected "
-        f"{least:g} to {most:g} (training: {low:.4g} to {high:.4g})"
+        f"no {what}{f' in {units}' if units else ''}: expected {least:g} to {most:g} "
+        f"(training: {low:.4g} to {high:.4g})"
     )
     if middle > most and np.log10(middle) < most and units.startswith("log10"):
-        text += f". It is not a logarithm: give --columns '{name}=log10({column})', or take its log10"
+        mend = f"--columns '{name}=log10({column})', or take " if column else ""
+        text += f". It is not a logarithm: give {mend}its log10"
     return text
 
 
@@ -472,7 +491,8 @@ def predict_file(
     Parameters
     ----------
     catalog
-        Parquet, CSV or HDF5 (each data set is a column, called by its path in the file).
+        Parquet, CSV or HDF5 (each data set is a column, called by its path in the file or by the end
+        of that, where no other path has it).
     out
         a name that ends in .parquet; what was there is replaced once all is written.
     tell
@@ -489,6 +509,9 @@ def predict_file(
     import pyarrow.parquet
 
     where = str(catalog)
+    model.require(wanted)
+    if out.is_dir():
+        raise SettingsError(str(out), [Problem((), "is a folder: name the file that is to be written")])
     if out.suffix != ".parquet":
         raise SettingsError(
             str(out), [Problem((), "the result is a Parquet file: its name ends in .parquet")]
@@ -570,15 +593,29 @@ def _opened(file: Path) -> Iterator[_Opened]:
     if file.suffix not in formats:
         text = f"expected a table that ends in {', '.join(formats)}"
         raise SettingsError(str(file), [Problem((), text)])
+    with contextlib.ExitStack() as stack:
+        with _readable(file):
+            names, total, read = stack.enter_context(formats[file.suffix](file))
+
+        def read_all(wanted: Sequence[str]) -> Iterator[Table]:
+            with _readable(file):  # a file can be damaged far behind its header
+                yield from read(wanted)
+
+        yield names, total, read_all
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What reading a damaged table raises, as an error of the user."""
     import pyarrow
 
-    with contextlib.ExitStack() as stack:
-        try:
-            opened = stack.enter_context(formats[file.suffix](file))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            text = f"cannot be read as {file.suffix[1:]}: {error}"
-            raise SettingsError(str(file), [Problem((), text)]) from error
-        yield opened
+    try:
+        yield
+    except SettingsError:
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        text = f"cannot be read as {file.suffix[1:]}: {error}"
+        raise SettingsError(str(file), [Problem((), text)]) from error
 
 
 @contextlib.contextmanager
@@ -614,12 +651,26 @@ def _hdf5(file: Path) -> Iterator[_Opened]:
     with h5py.File(file, "r") as hdf5:
         held: list[str] = []
         hdf5.visititems(lambda name, item: held.append(name) if isinstance(item, h5py.Dataset) else None)
+        known = _path_ends(held)
 
         def read(names: Sequence[str]) -> Iterator[Table]:
-            lengths = {name: hdf5[name].shape[0] if hdf5[name].ndim else 0 for name in names}
+            data = {name: hdf5[known[name]] for name in names}
+            lengths = {name: values.shape[0] if values.ndim else 0 for name, values in data.items()}
             if len(set(lengths.values())) > 1:
                 raise SettingsError(str(file), [Problem((), f"columns differ in length: {lengths}")])
             for start in range(0, lengths[names[0]], _READ):
-                yield {name: hdf5[name][start : start + _READ] for name in names}
+                yield {name: values[start : start + _READ] for name, values in data.items()}
 
-        yield held, None, read
+        yield list(known), None, read
+
+
+def _path_ends(paths: Sequence[str]) -> dict[str, str]:
+    """The paths in a file, and what they end in where no other one does (`Mvir` of `Halos/Mvir`) -> path."""
+    parts = [path.split("/") for path in paths]
+    ends = [
+        ("/".join(each[i:]), path)
+        for each, path in zip(parts, paths, strict=True)
+        for i in range(1, len(each))
+    ]
+    count = Counter(end for end, _ in ends)
+    return {end: path for end, path in ends if count[end] == 1} | {path: path for path in paths}

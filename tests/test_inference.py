@@ -33,12 +33,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models ``both``, ``mass``, ``color``, and ``plain``, which knows nothing of a user's table."""
+    """Models ``both``, ``mass``, ``color``, ``without`` quantiles, and ``plain``, which knows no table."""
     folder = tmp_path_factory.mktemp("inference")
     catalogs = make_centrals(folder / "catalogs", {"one": 4000})
     make_model(folder / "both", catalogs)
     make_model(folder / "mass", catalogs, TARGETS[:1])
     make_model(folder / "color", catalogs, TARGETS[1:])
+    make_model(folder / "without", catalogs, quantiles=False)
     make_model(folder / "plain", make_centrals(folder / "unnamed", {"one": 4000}, facts={}))
     return folder
 
@@ -97,6 +98,7 @@ def test_points_and_quantiles(model: Model) -> None:
     quantiles = model.quantiles(table, [0.16, 0.5, 0.84])
     assert list(quantiles) == ["halo", "quantile", "smass", "color", "extrapolated"]
     assert np.array_equal(quantiles["quantile"], np.tile([0.16, 0.5, 0.84], 300))
+    assert model.quantiles(table, np.array([0.16, 0.5, 0.84])).equals(quantiles)  # type: ignore[arg-type]
     by_level = quantiles["color"].to_numpy().reshape(300, 3)
     assert np.allclose(by_level[:, 1], points["color"], atol=1e-5)
     assert np.allclose(by_level[:, 2] - by_level[:, 1], stats.norm.ppf(0.84) * 0.3, atol=0.02)
@@ -269,6 +271,17 @@ def test_wrong_units_are_told_and_mended(model: Model) -> None:
         SettingsError, match=r"column S_h \(spin\) holds values like 500, .* expected 0 to \d+"
     ):
         model.predict(users(S_h=500.0))
+    for given, message in (
+        ("nan", "spin=nan is no finite number"),
+        ("inf", "spin=inf is no finite number"),
+        ("500", "spin=500 is no spin parameter: expected 0 to 20"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            model.predict(users(), {"spin": given})
+    with pytest.raises(
+        SettingsError, match=r"log_halo_mass=1e12 is no halo mass .* logarithm: give its log10"
+    ):
+        model.predict(users(), {"log_halo_mass": "1e12"})
     assert model.predict(users().assign(S_h=[500.0, *[0.05] * 299]))["extrapolated"][0]  # one: odd, not wrong
 
 
@@ -302,6 +315,47 @@ def test_what_is_no_table(
     assert not (tmp_path / "out.parquet").exists()
 
 
+def damaged(path: Path, table: pd.DataFrame) -> Path:
+    """A table that opens, and breaks in the middle."""
+    if path.suffix == ".csv":
+        lines = table.to_csv(index=False).encode().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[:200], b"\xff,\xff,\xff\n", *lines[200:]]))
+        return path
+    pq.write_table(pyarrow.Table.from_pandas(table), path, row_group_size=70)
+    column = pq.read_metadata(path).row_group(2).column(1)
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_table_that_breaks_in_the_middle(model: Model, tmp_path: Path, suffix: str) -> None:
+    catalog = damaged(tmp_path / f"halos.{suffix}", users())
+    with pytest.raises(SettingsError, match=rf"halos\.{suffix}: cannot be read as {suffix}: "):
+        predict_file(model, catalog, tmp_path / "out.parquet", Wanted())
+    assert list(tmp_path.iterdir()) == [catalog]
+
+
+def test_the_ends_of_paths_are_names_where_they_are_unique(model: Model, tmp_path: Path) -> None:
+    table = users()
+    with h5py.File(tmp_path / "halos.hdf5", "w") as hdf5:
+        hdf5["Box/Halos/Mvir"] = hdf5["Box/Galaxies/Mass"] = table["Mvir"].to_numpy()
+        hdf5["Box/Halos/S_h"] = table["S_h"].to_numpy()
+        hdf5["Box/Halos/Mass"] = np.zeros(300)
+    out = tmp_path / "out.parquet"
+    predict_file(model, tmp_path / "halos.hdf5", out, Wanted())
+    assert pd.read_parquet(out).equals(model.predict(table))
+    predict_file(
+        model, tmp_path / "halos.hdf5", out, Wanted(), {"Mvir": "Galaxies/Mass", "spin": "Halos/S_h"}
+    )
+    assert pd.read_parquet(out).equals(model.predict(table))
+    with pytest.raises(SettingsError, match="column 'Mass' .* is missing"):
+        predict_file(model, tmp_path / "halos.hdf5", out, Wanted(), {"Mvir": "Mass"})
+
+
 def test_lengths_differ(model: Model, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="columns differ in length"):
         model.predict({"Mvir": np.ones(3), "S_h": np.ones(2)})
@@ -317,6 +371,8 @@ def test_the_result_is_no_table_of_the_user(model: Model, tmp_path: Path) -> Non
         predict_file(model, catalog, catalog, Wanted())
     with pytest.raises(SettingsError, match=r"ends in \.parquet"):
         predict_file(model, catalog, tmp_path / "out.csv", Wanted())
+    with pytest.raises(SettingsError, match="is a folder: name the file"):
+        predict_file(model, catalog, tmp_path, Wanted())
 
 
 def test_a_property_called_like_a_column_of_ours_keeps_its_standard_name(tmp_path: Path) -> None:
@@ -380,6 +436,9 @@ def test_the_command(folder: Path, tmp_path: Path, run: Run) -> None:
     status, _, told = run(folder / "both", catalog, "--out", out, "--columns", "spin=S")
     assert status == 2
     assert "column 'S' is missing: spin is an input of the model" in told
+    status, _, told = run(folder / "without", tmp_path / "none.csv", "--out", out, "--quantiles", ".1,.9")
+    assert status == 2
+    assert "--quantiles: linear has no quantiles of its own at 0.1, 0.9: ask for samples" in told
     assert pq.read_metadata(out).num_rows == 600
 
 

@@ -191,7 +191,8 @@ class Union:
             found = model.quantiles(batch, wanted)
             if found is None:
                 raise ValueError(
-                    f"{model.config.name} has no quantiles of its own: ask for samples, and take theirs"
+                    f"{model.config.name} has no quantiles of its own at {', '.join(map(str, levels))}: ask "
+                    "for samples, and take theirs"
                 )
             return found
 
