@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from small_tables import make_tables
 from galdist.catalogs.centrals import read_centrals
 from galdist.catalogs.samples import create_samples
 from galdist.report import halo_plots, plots, tables
+from galdist.report.halos import _TracerBox
 from galdist.report.published import PUBLISHED
 from galdist.report.report import ReportConfig, report
 from galdist.report.tables import Cell, Row, Table
@@ -199,6 +201,20 @@ def test_without_published_figures_there_is_no_word_of_them(run: Path) -> None:
 def test_figures_show_the_best_and_the_published_ones(page: str) -> None:
     legends = re.findall(r'alt="Legend: (.*?)\."', page)
     assert legends[0] == "truth, Flow, SQR joint, 100% &amp; far_off, Mass"
+
+
+def test_models_of_one_property_have_no_joint_density(run: Path) -> None:
+    page = _report(run, "alone", models=["Mass"])
+    assert "Joint density" not in page
+    assert "Single values: log M∗ of each model" in page
+
+
+def test_a_tracer_that_the_truth_has_not_is_in_no_figure() -> None:
+    entries = {"1": {"truth": {"n": 9}}, "2": {"truth": {"n": 8}}, "5": {"truth": {"n": 0}}}
+    pairs = {"1x2": {"r_mean": 0.9}, "1x5": {"r_mean": 0.1}, "2x5": {"r_mean": None}}
+    box = {"labels": {"Flow": []}, "tracers": entries, "cross": {"Flow": pairs}}
+    view = _TracerBox(Mock(shown=["Flow"]), Mock(), "box", box, (0.1, 0.4))
+    np.testing.assert_array_equal(view._matrix("Flow"), [[np.nan, np.nan], [0.9, np.nan]])
 
 
 def test_models_that_are_not_there_are_named(run: Path) -> None:

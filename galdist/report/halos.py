@@ -127,7 +127,7 @@ class HaloStudy:
         if self.scores:  # the best of all properties, where it is not the best of the first set
             scores = self.scores[0]
             of_all = scores.ranking("all" if "all" in scores.sets() else None)[:1]
-            best = list(dict.fromkeys([*of_all, *scores.ranking()]))
+            best = list(dict.fromkeys([*of_all, *scores.ranking(), *labels]))
         published = [label for label in (self.published.shown if self.published else ()) if label in best]
         return list(dict.fromkeys([*best[:2], *published, *best]))[:MOST]
 
@@ -271,7 +271,8 @@ class _Populations:
             return
         first = next((tuple(of.split("+")) for of in self.scores.joints if of.count("+") == 1), pairs[0])
         panels = [self._joint(label, first[0], first[1]) for label in self._holders(*first)]
-        yield self._joint_block(artist, f"{prefix}joint", first[:2], panels, columns=min(len(panels), 3))
+        if panels:
+            yield self._joint_block(artist, f"{prefix}joint", first[:2], panels, columns=min(len(panels), 3))
         complete = list(self._holders(*names))[:1]
         others = [pair for pair in pairs if set(pair) != set(first)]
         panels = [self._joint(label, *pair) for label in complete for pair in others]
@@ -351,6 +352,8 @@ class _Populations:
             panels = [
                 self._point(label, name) for label, name in members if name in self.draws[label].targets
             ]
+            if not panels:
+                continue
             caption = (
                 f"Best single value of each halo against the true one: {words}; {self._who}. Dashed: equal. "
                 "A single value has less spread than the truth wherever the halo does not decide it."
@@ -758,7 +761,8 @@ class _TracerBox:
         values = np.full((len(self.numbers),) * 2, np.nan)
         for pair, found in self.box["cross"][label].items():
             a, _, b = pair.partition("x")
-            if found["r_mean"] is not None:
+            # A model can have tracers that the truth has not.
+            if {a, b} <= set(self.numbers) and found["r_mean"] is not None:
                 values[self.numbers.index(b), self.numbers.index(a)] = found["r_mean"]
         return values
 
