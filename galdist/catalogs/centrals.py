@@ -79,7 +79,8 @@ class NullConfig(StrictModel):
     """log10 h/yr."""
     sigma: NonNegativeFloat = 0.5
     values: tuple[float, ...] = ()
-    """Numbers that stand for none in the tables, such as -99, besides NaN and -inf."""
+    """Numbers that stand for none besides NaN and -inf, such as -99: as they are in ``log_ssfr``, after the
+    ``scale`` and ``log10`` of a table's column."""
 
 
 class CentralsConfig(StrictModel):
@@ -211,9 +212,10 @@ def fill_null_ssfr(
 ) -> tuple[NDArray[Any], int]:
     """Draw the specific star formation rates that are none; returns the column and how many were drawn.
 
-    None are NaN, -inf and ``config.values``.
+    None are NaN, -inf and ``config.values``, which are compared in the precision of the column.
     """
-    absent = np.isnan(log_ssfr) | np.isneginf(log_ssfr) | np.isin(log_ssfr, config.values)
+    values = np.asarray(config.values, log_ssfr.dtype)
+    absent = np.isnan(log_ssfr) | np.isneginf(log_ssfr) | np.isin(log_ssfr, values)
     filled = log_ssfr.copy()
     filled[absent] = generator.normal(config.mean, config.sigma, int(absent.sum()))
     return filled, int(absent.sum())
