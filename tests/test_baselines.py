@@ -256,6 +256,11 @@ def test_scatter_of_a_gaussian_mass_function(catalogs: Path) -> None:
     assert stats.kstest(rest / 0.3, "norm").statistic < 0.02
 
 
+def test_matching_reads_what_it_matches_with(catalogs: Path) -> None:
+    model = fitted(catalogs, "abundance-matching", inputs=(*INPUTS, "log_concentration"))
+    assert model.inputs == INPUTS[:2]
+
+
 def test_equal_masses_are_matched_to_the_middle_of_their_ranks(tmp_path: Path) -> None:
     few = columns(1000, 3)
     few["log_halo_mass"] = np.repeat([11.0, 12.0], 500)

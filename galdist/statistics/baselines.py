@@ -131,6 +131,11 @@ MATCHED: dict[str, tuple[str, int]] = {
 """What abundance matching knows: target -> the input whose rank it has, and whether that or the opposite."""
 
 
+def _matched_by(targets: Sequence[str]) -> tuple[str, ...]:
+    """Inputs whose ranks abundance matching needs for these targets."""
+    return tuple(dict.fromkeys(["log_halo_mass", *(MATCHED[target][0] for target in targets)]))
+
+
 def baseline(config: BaselineConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     """Fit a baseline to the training rows of `centrals` tables, and draw galaxies for rows of a split.
 
@@ -170,7 +175,8 @@ def fit(config: BaselineConfig, catalogs: Sequence[Path]) -> "Baseline":
     """
     read = [*config.inputs, *config.targets]
     if isinstance(config.method, MatchingConfig):
-        read = list(dict.fromkeys([*read, "log_stellar_mass"]))
+        needed = [*_matched_by(config.targets), "log_stellar_mass", *config.targets]
+        read = list(dict.fromkeys(needed))
     rows = read_centrals(catalogs, read, "train")
     if len(rows) < 2:
         where = ", ".join(str(step / "catalog.zarr") for step in catalogs)
@@ -337,8 +343,7 @@ class Matching(Baseline):
     """`MatchingConfig`, fitted; the point is the galaxy without scatter, the median of the mass."""
 
     def __init__(self, config: BaselineConfig, method: MatchingConfig, rows: Centrals) -> None:
-        known = dict.fromkeys(["log_halo_mass", *(MATCHED[target][0] for target in config.targets)])
-        super().__init__(config, rows, tuple(known))
+        super().__init__(config, rows, _matched_by(config.targets))
         # Rounded as the inputs that come: what is equal there is equal here.
         columns = {
             name: values.astype(np.float32).astype(np.float64) for name, values in rows.columns.items()
