@@ -181,6 +181,13 @@ def test_null_rates_are_drawn_and_the_others_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.columns["log_ssfr"], found)
 
 
+def test_null_rates_of_a_column_in_single_precision(tmp_path: Path) -> None:
+    frame = table().assign(sSFR=lambda t: t["sSFR"].astype("f4"))
+    frame.loc[::2, "sSFR"] = np.float32(-99.9)
+    step = run(write(frame, tmp_path / "t.parquet"), tmp_path / "out", {"null_ssfr": {"values": [-99.9]}})
+    assert open_catalog(step / "catalog.zarr").facts("Box", "centrals")["null_ssfr"]["filled"] == 200
+
+
 def test_linear_units_and_quotients(tmp_path: Path) -> None:
     frame = table().assign(
         mass=lambda t: 10 ** t["M_h"].astype(float) / 1e10,
@@ -233,6 +240,11 @@ def test_a_component_of_a_vector(tmp_path: Path) -> None:
     np.testing.assert_array_equal(held.columns["position"], frame[["X", "Y", "Z"]])
     with pytest.raises(SimulationError, match="2 components: name one"):
         run(tmp_path / "t.hdf5", tmp_path / "b", columns={**COLUMNS, "log_stellar_mass": "masses"})
+
+
+def test_what_to_cite_is_kept(parquet: Path, tmp_path: Path) -> None:
+    step = run(parquet, tmp_path / "out", citation="Somebody (2020)")
+    assert open_catalog(step / "catalog.zarr").facts("Box", "centrals")["citation"] == "Somebody (2020)"
 
 
 def test_rows_left_out(parquet: Path, tmp_path: Path) -> None:

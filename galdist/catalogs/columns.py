@@ -232,6 +232,8 @@ class TableSource(StrictModel):
     box_size: PositiveFloat
     """Side of the periodic box [Mpc/h]."""
     redshift: float = 0.0
+    citation: str | None = None
+    """What to cite where the table is used; models that learn from it carry this."""
     suite: str | None = None
     """By default the simulation's name."""
     set: str = ""
@@ -356,6 +358,7 @@ def read_table(source: TableSource) -> Iterator[Rows]:
                 "source": where,
                 "rows_read": len(kept),
                 "filter": dict(source.filter),
+                **({} if source.citation is None else {"citation": source.citation}),
                 "source_columns": {
                     key: column.column if column.is_invertible else key
                     for key, column in source.columns.items()
