@@ -242,6 +242,34 @@ def test_a_component_of_a_vector(tmp_path: Path) -> None:
         run(tmp_path / "t.hdf5", tmp_path / "b", columns={**COLUMNS, "log_stellar_mass": "masses"})
 
 
+def test_a_minimum_leaves_out_and_counts_what_is_no_number(tmp_path: Path) -> None:
+    frame = table()
+    frame.loc[[3, 5, 200], "color"] = np.nan
+    file = write(frame, tmp_path / "t.parquet")
+    with pytest.raises(SimulationError, match="a `minimum` of this column does it for NaN"):
+        run(file, tmp_path / "out")
+    step = run(file, tmp_path / "out", {"minimum": {"color_gi": -3}})
+    found = read_centrals([step], ["color_gi"], None).columns["color_gi"]
+    np.testing.assert_array_equal(found, frame["color"].dropna())
+    assert open_catalog(step / "catalog.zarr").facts("Box", "centrals")["minimum_nan"] == {"color_gi": 3}
+
+
+@pytest.mark.parametrize("change", [{"smass": 99.0}, {"smass": np.inf}, {"X": 60.0}, {"stars": -1.0}])
+def test_errors_name_the_rows_of_the_file(tmp_path: Path, change: dict[str, float]) -> None:
+    frame = table().assign(stars=1e10)
+    row = 201
+    frame.loc[row, ["M_h", "is_central", *change]] = [13.0, True, *change.values()]
+    columns = COLUMNS | {"stars": {"column": "stars", "log10": True}}
+    source = {"columns": columns, "filter": {"is_central": True}, "simulation_column": "sim"}
+    with pytest.raises(SimulationError, match=rf"\(row {row}: "):
+        run(
+            write(frame, tmp_path / "t.parquet"),
+            tmp_path / "out",
+            {"minimum": {"log_halo_mass": 12}},
+            **source,
+        )
+
+
 def test_what_to_cite_is_kept(parquet: Path, tmp_path: Path) -> None:
     step = run(parquet, tmp_path / "out", citation="Somebody (2020)")
     assert open_catalog(step / "catalog.zarr").facts("Box", "centrals")["citation"] == "Somebody (2020)"

@@ -91,7 +91,8 @@ class CentralsConfig(StrictModel):
     halos: HalosConfig = HalosConfig()
     """What is taken from a step under ``catalogs``."""
     minimum: dict[ColumnName, float] = Constraint(default_factory=dict)
-    """Least value of columns, such as {log_halo_mass: 10.5}: other rows are left out."""
+    """Least value of columns, such as {log_halo_mass: 10.5}: other rows are left out, those with NaN too;
+    ``minimum_nan`` in the facts of the table tells how many have it."""
     null_ssfr: NullConfig = NullConfig()
     split: RowsSplit | SimulationsSplit | CatalogsSplit = Constraint(
         default=RowsSplit(), discriminator="kind"
@@ -183,27 +184,33 @@ def _prepare(rows: Rows, config: CentralsConfig) -> tuple[Columns, dict[str, Any
     where = f"{rows.facts['source']}: {rows.attrs.name}"
     columns = dict(rows.columns)
     kept = np.ones(len(next(iter(columns.values()))), bool)
+    absent: dict[str, int] = {}
     for name, least in config.minimum.items():
         if name not in columns:
             raise SimulationError(unknown_name(f"{where}: column (minimum)", name, sorted(columns)))
-        if n_bad := int(np.isnan(columns[name]).sum()):
-            raise SimulationError(f"{where}: column {name}: {n_bad} of {kept.size} values are not numbers")
-        kept &= columns[name] >= least
+        absent[name] = int(np.isnan(columns[name]).sum())
+        kept &= columns[name] >= least  # NaN is not
     if not kept.any():
         given = ", ".join(f"{name}: {value:g}" for name, value in config.minimum.items())
         raise SimulationError(
             f"{where}: minimum {{{given}}} leaves none of {kept.size} rows; check the units"
         )
     columns = {name: values[kept] for name, values in columns.items()}
-    facts = {**rows.facts, "rows_of_simulation": int(kept.size), "minimum": dict(config.minimum)}
+    numbers = rows.numbers[kept]
+    facts = {
+        **rows.facts,
+        "rows_of_simulation": int(kept.size),
+        "minimum": dict(config.minimum),
+        "minimum_nan": absent,
+    }
     if "log_ssfr" in columns:
         generator = _generator(config.seed, rows.attrs.name, "null_ssfr")
         columns["log_ssfr"], filled = fill_null_ssfr(columns["log_ssfr"], config.null_ssfr, generator)
         facts["null_ssfr"] = {
             **config.null_ssfr.model_dump(mode="json"), "filled": filled, "seed": config.seed
         }  # fmt: skip
-    check_columns(columns, where)
-    _refuse_twins(columns, where)
+    check_columns(columns, where, numbers)
+    _refuse_twins(columns, where, numbers)
     return columns, facts
 
 
@@ -221,7 +228,7 @@ def fill_null_ssfr(
     return filled, int(absent.sum())
 
 
-def _refuse_twins(columns: Columns, where: str) -> None:
+def _refuse_twins(columns: Columns, where: str, numbers: NDArray[np.int64]) -> None:
     """A halo that is there twice can be in two splits at once."""
     import pandas
 
@@ -234,8 +241,8 @@ def _refuse_twins(columns: Columns, where: str) -> None:
     twins = np.flatnonzero(pandas.DataFrame(flat).duplicated(keep=False).to_numpy())
     if twins.size:
         raise SimulationError(
-            f"{where}: {twins.size} rows are equal to another one in all columns, such as row {twins[0]}: a "
-            "halo must be there once"
+            f"{where}: {twins.size} rows are equal to another one in all columns, such as row "
+            f"{numbers[twins[0]]}: a halo must be there once"
         )
 
 

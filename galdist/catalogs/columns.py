@@ -294,6 +294,8 @@ class Rows:
     units: dict[str, str]
     facts: dict[str, Any]
     """Where they come from; see `galdist.catalogs.centrals`."""
+    numbers: NDArray[np.int64]
+    """(n,): row of each in the file, or its galaxy in the table ``galaxies``."""
 
 
 def read_table(source: TableSource) -> Iterator[Rows]:
@@ -326,6 +328,10 @@ def read_table(source: TableSource) -> Iterator[Rows]:
     parameters = None if source.parameters is None else source.parameters.read()
     if n_rows == 0:
         raise SimulationError(f"{where}: the table has no rows")
+    # Before the rows are parted, so that errors name those of the file.
+    quantities = {key: column.read(table, where) for key, column in source.columns.items()}
+    if source.position is not None:
+        quantities["position"] = source.position.read(table, source.box_size, where)
     for name, value, rows in groups:
         cosmology, astrophysics = dict(source.cosmology), dict(source.astrophysics)
         if parameters is not None and source.parameters is not None:
@@ -336,8 +342,7 @@ def read_table(source: TableSource) -> Iterator[Rows]:
                 )
             cosmology |= parameters[value][0]
             astrophysics |= parameters[value][1]
-        part = {key: values[rows] for key, values in table.items()}
-        columns, kept = _quantities(source, part, where)
+        columns, kept = _of_one(source, table, quantities, rows)
         if not kept.any():
             given = ", ".join(f"{key}: {wanted}" for key, wanted in source.filter.items())
             raise SimulationError(f"{where}: filter {{{given}}} leaves no row of {name}")
@@ -367,25 +372,25 @@ def read_table(source: TableSource) -> Iterator[Rows]:
                     key: column.model_dump(exclude_defaults=True) for key, column in source.columns.items()
                 },
             },
+            np.arange(n_rows)[rows][kept],
         )
 
 
-def _quantities(source: TableSource, table: Columns, where: str) -> tuple[Columns, NDArray[np.bool_]]:
-    """All rows of the columns wanted, and which rows pass the filter."""
-    columns = {name: column.read(table, where) for name, column in source.columns.items()}
-    n_rows = len(next(iter(columns.values())))
-    kept = np.ones(n_rows, bool)
+def _of_one(
+    source: TableSource, table: Columns, quantities: Columns, rows: NDArray[np.int64] | slice
+) -> tuple[Columns, NDArray[np.bool_]]:
+    """All rows of one simulation, and which of them pass the filter."""
+    columns = {name: values[rows] for name, values in quantities.items()}
+    kept = np.ones(len(next(iter(columns.values()))), bool)
     for name, value in source.filter.items():
-        kept &= table[name] == value
-    if source.position is not None:
-        columns["position"] = source.position.read(table, source.box_size, where)
+        kept &= table[name][rows] == value
     if source.overdensity is not None:
         weight = source.overdensity.weight
         columns["overdensity"] = overdensity(
             columns["position"],
             source.box_size,
             source.overdensity.radius,
-            None if weight is None else table[weight],
+            None if weight is None else table[weight][rows],
         )
     return columns, kept
 
@@ -461,8 +466,8 @@ def _all_there(file: Path, names: Sequence[str], held: Sequence[str]) -> None:
         raise SimulationError(unknown_name(f"{file}: column", missing[0], held) + others)
 
 
-def check_columns(columns: Mapping[str, NDArray[Any]], where: str) -> None:
-    """Refuse numbers that are not finite, or not plausible for a standard name.
+def check_columns(columns: Mapping[str, NDArray[Any]], where: str, numbers: NDArray[np.int64]) -> None:
+    """Refuse numbers that are not finite, or not plausible for a standard name; ``numbers``: of the rows.
 
     Raises
     ------
@@ -476,7 +481,8 @@ def check_columns(columns: Mapping[str, NDArray[Any]], where: str) -> None:
         if (bad := np.flatnonzero(~np.isfinite(flat).all(axis=1))).size:
             raise SimulationError(
                 f"{where}: column {name}: {bad.size} of {len(values)} values are not finite "
-                f"({_rows(bad, values)}): leave those rows out, by `filter` or `minimum`"
+                f"({_rows(bad, values, numbers)}): leave those rows out; a "
+                "`minimum` of this column does it for NaN and -inf"
             )
         known = QUANTITIES.get(name)
         if known is None:
@@ -488,12 +494,14 @@ def check_columns(columns: Mapping[str, NDArray[Any]], where: str) -> None:
             raise SimulationError(
                 f"{where}: column {name}: {bad.size} of {len(values)} values are not between {known.low:g} "
                 f"and {known.high:g}{f' {known.units}' if known.units else ''}, as a {known.what} is "
-                f"({_rows(bad, values)}){hint}"
+                f"({_rows(bad, values, numbers)}){hint}"
             )
 
 
-def _rows(rows: NDArray[np.int64], values: NDArray[Any]) -> str:
+def _rows(rows: NDArray[np.int64], values: NDArray[Any], numbers: NDArray[np.int64] | None = None) -> str:
+    named = rows if numbers is None else numbers[rows]
     shown = "; ".join(
-        f"row {row}: {np.array2string(np.asarray(values[row]), precision=6)}" for row in rows[:_SHOWN]
+        f"row {number}: {np.array2string(np.asarray(values[row]), precision=6)}"
+        for number, row in zip(named[:_SHOWN], rows[:_SHOWN], strict=True)
     )
     return shown + ("; ..." if rows.size > _SHOWN else "")

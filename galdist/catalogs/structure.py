@@ -149,13 +149,14 @@ def read_catalog(store: CatalogStore, simulation: str, config: HalosConfig) -> R
     if config.trees is not None:
         known = np.isfinite(columns["formation_redshift"])
         columns = {name: values[known] for name, values in columns.items()}
+        central = central[known]
     units = {name: quantity.units for name, quantity in QUANTITIES.items()} | {"position": "Mpc/h"}
     facts |= {
         "source": str(store.path),
         "overdensity": config.overdensity.model_dump(),
         "source_columns": {name: name for name in columns if name in QUANTITIES},
     }
-    return Rows(attrs, columns, units, facts)
+    return Rows(attrs, columns, units, facts, central)
 
 
 def _formation(config: TreesConfig, simulation: str, subhalos: NDArray[np.int64]) -> NDArray[np.float64]:
