@@ -360,6 +360,12 @@ def test_one_label_is_one_model(universe: Universe) -> None:
     first = universe.predict("first")
     with pytest.raises(ValueError, match=r"both labelled 'right', but predict .*give one of them another"):
         score(universe, [first, universe.predict("second", targets=TARGETS[:1])])
+    with pytest.raises(ValueError, match=r"both labelled 'right', but have 10 and 4 draws a halo"):
+        score(universe, [first, universe.predict("fewer_draws", size=4)])
+    with pytest.raises(ValueError, match=r"but one is of several models side by side"):
+        score(universe, [first, universe.predict("several", checkpoints=("x", "y"))])
+    with pytest.raises(ValueError, match=r"the label 'truth' is that of the true galaxies"):
+        score(universe, [universe.predict("named_truth", "truth")])
     with pytest.raises(ValueError, match="of the same model"):
         score(universe, [first, universe.predict("again", "other", checkpoints=("first",))])
 

@@ -22,6 +22,7 @@ from galdist.grids.store import Split
 from galdist.statistics import distributions
 from galdist.statistics.distributions import Array, Weights
 from galdist.statistics.metrics import MetricRow, metric_row, save_metrics
+from galdist.statistics.spectra import TRUTH
 from hpc import durable, progress
 
 log = logging.getLogger(__name__)
@@ -116,8 +117,8 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     Raises
     ------
     ValueError
-        for predictions that are not of the split's rows, not finite, or of one label but different
-        properties, and for a model given twice.
+        for predictions that are not of the split's rows, not finite, labelled ``truth``, or of one label but
+        different properties, numbers of draws or kinds of model, and for a model given twice.
     galdist.grids.store.StoreError
         for properties that the catalogue has not, and stores that cannot be read.
     """
@@ -164,12 +165,15 @@ def _groups(steps: Sequence[Path]) -> dict[str, list[SamplesStore]]:
     seen: dict[tuple[str, ...], SamplesStore] = {}
     for step in steps:
         store = open_samples(step / "samples.zarr")
-        group = groups.setdefault(store.label, [])
-        if group and set(group[0].targets) != set(store.targets):
+        if store.label == TRUTH:
             raise ValueError(
-                f"{group[0].path} and {store.path} are both labelled {store.label!r}, but predict "
-                f"{', '.join(group[0].targets)} and {', '.join(store.targets)}: seeds of one model predict "
-                "the same; give one of them another label"
+                f"{store.path}: the label {TRUTH!r} is that of the true galaxies; give it another"
+            )
+        group = groups.setdefault(store.label, [])
+        if group and (difference := _difference(group[0], store)):
+            raise ValueError(
+                f"{group[0].path} and {store.path} are both labelled {store.label!r}, but {difference}: "
+                "seeds of one model predict the same; give one of them another label"
             )
         if store.checkpoints and store.checkpoints in seen:
             raise ValueError(
@@ -181,11 +185,28 @@ def _groups(steps: Sequence[Path]) -> dict[str, list[SamplesStore]]:
     return groups
 
 
+def _difference(first: SamplesStore, second: SamplesStore) -> str:
+    """Why two predictions are no seeds of one model; empty where they can be."""
+    targets = [", ".join(store.targets) for store in (first, second)]
+    if set(first.targets) != set(second.targets):
+        return f"predict {targets[0]} and {targets[1]}"
+    if first.n_samples != second.n_samples:
+        return f"have {first.n_samples} and {second.n_samples} draws a halo"
+    if _is_union(first) != _is_union(second):
+        return f"one is of several models side by side, and the other of one model of {targets[0]}"
+    return ""
+
+
+def _is_union(store: SamplesStore) -> bool:
+    """Whether it is of several models side by side."""
+    return len(store.checkpoints) > 1
+
+
 def _sets(config: ScoresConfig, store: SamplesStore) -> dict[str, Columns]:
     """Properties that are scored together: what the set is called -> its columns."""
     sets = {"+".join(names): names for names in config.joints if set(names) <= set(store.targets)}
     if len(store.targets) > 1:
-        sets["union" if len(store.checkpoints) > 1 else "joint"] = store.targets
+        sets["union" if _is_union(store) else "joint"] = store.targets
     return {**{name: (name,) for name in store.targets}, **sets}
 
 
