@@ -237,6 +237,14 @@ def test_tables_of_tracers_hold_what_was_measured(page: str, run: Path) -> None:
         assert float(text.split(" ± ")[0]) == pytest.approx(found["value"], rel=0.05, abs=1e-3)
 
 
+def test_published_sqr_stands_beside_the_model_of_balanced_rows() -> None:
+    tng = PUBLISHED["tng300"]
+    of_joint = {key[1:]: value for key, value in tng.scores.items() if key[0] == "SQR joint"}
+    assert of_joint == {key[1:]: value for key, value in tng.scores.items() if key[0] == "SQR joint SMOGN"}
+    for remark in ("ks", "point"):
+        assert "balanced with SMOGN" in tng.remarks[remark]
+
+
 # Tables
 
 
@@ -265,6 +273,17 @@ def test_latex_tables_are_whole_and_escaped(tmp_path: Path) -> None:
     for rule in ("toprule", "bottomrule"):
         assert text.count(rule) == 1
     assert text.count("midrule") - text.count("cmidrule") == 2
+
+
+def test_heads_of_rows_are_no_options_of_the_line_before(tmp_path: Path) -> None:
+    rows = tuple(Row(head, (Cell("1"),)) for head in ("[OIII]", "*", "a [x]"))
+    tables.save_latex(Table("some", "Some", "", ("Model", "a"), rows), tmp_path)
+    text = (tmp_path / "tables" / "some.tex").read_text()
+    assert [line for line in text.splitlines() if "$1$" in line] == [
+        r"{}[OIII] & $1$ \\",
+        r"{}* & $1$ \\",
+        r"a [x] & $1$ \\",
+    ]
 
 
 @pytest.mark.parametrize("name", ["ks", "points-3", "proper-scores"])
@@ -309,6 +328,21 @@ def test_contours_hold_the_fractions_they_say() -> None:
     paths = [path for path in ax.collections[-1].get_paths() if len(path.vertices)]
     radii = sorted(np.median(np.hypot(*path.vertices.T)) for path in paths)
     np.testing.assert_allclose(radii, [0.994, 1.510, 2.448], rtol=0.03)
+
+
+def test_draws_far_from_the_truth_have_no_contours() -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 1000))
+    with plots.style():
+        _, (ax,) = plots.figure()
+        halo_plots.plot_joint(ax, (x, y), (x + 90, y), PALETTE, "a", ("x", "y"))
+    assert len(ax.collections) == 3  # the truth's
+
+
+def test_numbers_of_a_matrix_lose_only_leading_zeros() -> None:
+    with plots.style():
+        _, (ax,) = plots.figure()
+        halo_plots.plot_matrix(ax, [[10.25, -0.31], [0.5, -0.001]], "ab", "x", "difference", ("x", "y"))
+    assert [text.get_text() for text in ax.texts] == ["10.25", "−.31", ".50", ".00"]
 
 
 def test_coverage_of_a_calibrated_model_is_nominal_and_of_a_narrow_one_below() -> None:

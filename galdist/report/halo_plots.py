@@ -3,6 +3,7 @@
 They have no legends of their own: what is drawn in one is drawn in many, and `plots.figure_key` is for all.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -125,9 +126,9 @@ def plot_joint(
         ax.contourf(*centers, true.T, levels=[level, top], colors=[MATTER], alpha=shade)
     look = palette[name]
     widths = (0.9, 1.2, 1.5)
-    ax.contour(
-        *centers, drawn.T, levels=list(reversed(_levels(drawn))), colors=[look.color], linewidths=widths
-    )
+    if drawn.any():  # a model that has gone wrong may draw nothing near the truth
+        levels = np.unique(_levels(drawn))
+        ax.contour(*centers, drawn.T, levels=levels, colors=[look.color], linewidths=widths)
     ax.set(
         title=plain(look.name), xlabel=labels[0], ylabel=labels[1],
         xlim=(edges[0][0], edges[0][-1]), ylim=(edges[1][0], edges[1][-1]),
@@ -318,7 +319,8 @@ def plot_matrix(
         if np.isfinite(value):
             red, green, blue, _ = shown.cmap(norm(value))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-            text = f"{value:.2f}".replace("-0.00", "0.00").replace("0.", ".").replace("-", "−")
+            text = f"{value:.2f}".replace("-0.00", "0.00")
+            text = re.sub(r"^(-?)0\.", r"\1.", text).replace("-", "−")
             ax.text(
                 column, row, text, ha="center", va="center", fontsize=7,
                 color="#fdfdfd" if dark else "#101010",

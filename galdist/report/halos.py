@@ -141,7 +141,7 @@ class HaloStudy:
         for scores in self.scores:
             best = scores.ranking()[0]
             for metric, words in (("energy_score", "energy score"), ("energy_distance", "energy distance")):
-                for of in scores.joints[:1]:
+                for of in scores.sets()[:1]:
                     if (row := scores.row(best, metric, of)) is not None:
                         floor = "" if row["floor"] is None else f" (noise floor {_value(row, 'floor')})"
                         yield {"label": f"{words} of {_set_name(of)}, {best}{floor}", "text": _value(row)}
@@ -616,9 +616,9 @@ class _TracerBox:
         from galdist.report import halo_plots
 
         ratios = [
-            entry["truth"]["jackknife"]["mean_ratio"]
+            found["mean_ratio"]
             for entry in self.box["tracers"].values()
-            if "jackknife" in entry["truth"]
+            if (found := entry["truth"].get("jackknife")) and found["mean_ratio"] is not None
         ]
         checked = (
             f" The jackknife's errors are {min(ratios):.2f} to {max(ratios):.2f} of these in the band."

@@ -129,7 +129,9 @@ def _body(rows: Sequence[Row], heads: int) -> list[str]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    line = " & ".join(cells) + r" \\"
+    # The command that ends the line before would take these as its option.
+    return f"{{}}{line}" if line.startswith(("[", "*")) else line
 
 
 def _cell(cell: Cell) -> str:
