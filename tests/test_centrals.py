@@ -378,15 +378,16 @@ def test_fractions_of_simulations(n: int, validation: float, test: float, seed: 
             {"color": lambda t: t["color"].mask(t.index == 7)},
             "column color_gi: 1 of 400 values are not finite .row 7",
         ),
+        ({"over": lambda t: t["color"] - 1}, "not between 0 and 100000, as a density within 3 Mpc/h"),
         ({"X": lambda t: t["X"] * 1e3}, "outside the box .*scale of position"),
         ({"X": lambda t: t["X"] - 25}, "outside the box"),
         ({"smass": lambda t: t["smass"].astype(str) + "x"}, "does not hold numbers"),
     ],
 )
 def test_wrong_numbers_are_found(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    file = write(table().assign(**change), tmp_path / "t.parquet")
+    file = write(table().assign(**{"over": 1.0} | change), tmp_path / "t.parquet")
     with pytest.raises(SimulationError, match=message):
-        run(file, tmp_path / "out")
+        run(file, tmp_path / "out", columns=COLUMNS | {"overdensity": "over"})
 
 
 @pytest.mark.parametrize(

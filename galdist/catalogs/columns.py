@@ -37,7 +37,7 @@ QUANTITIES = {
     "log_concentration": Quantity("concentration", "log10", -1, 4),
     "spin": Quantity("spin parameter", "", 0, 20),
     "formation_redshift": Quantity("redshift at which half of the mass was assembled", "", -0.01, 50),
-    "overdensity": Quantity("density within 3 Mpc/h over the mean", "", -1, 1e5),
+    "overdensity": Quantity("density within 3 Mpc/h over the mean", "", 0, 1e5),
     "log_stellar_mass": Quantity("stellar mass", "log10 Msun/h", 4, 14),
     "color_gi": Quantity("g-i color", "mag", -3, 5),
     "log_ssfr": Quantity("specific star formation rate", "log10 h/yr", -25, -5),
