@@ -36,6 +36,7 @@ _TICK = 0.2  # seconds between looks at the ranks
 _FENCE = 5.0  # seconds between looks whether this job is still the one that its folder names
 _MOVES = 3  # attempts on top of the others until Slurm, too, has noticed that a node is lost
 _OUTAGE = 600.0  # seconds for which a file server may be away
+_BRIEF = 5.0  # the same where Slurm ends the job soon
 _PACE = 10.0  # seconds between starts of ranks while Slurm does not answer
 _REQUEUED = 120.0  # seconds that Slurm may take to end a job that was put back into the queue
 
@@ -129,9 +130,14 @@ class AllocationJob:
 def count_limit(folder: Path) -> str:
     """Note that this Slurm job reached its time limit during the task of ``folder``, whose ranks have ended.
 
-    Returns what to say where limits pass and nothing is done in between.
+    Returns what to say where limits pass and nothing is done in between. A limit that cannot be noted is not
+    counted: to have the job queued again in time is worth more.
     """
-    return _own_history(folder).count_limit()
+    try:
+        return _patiently(lambda: _own_history(folder).count_limit(), _BRIEF)
+    except OSError as error:
+        log.warning("the time limit of %s is not counted: %s", folder, error)
+        return ""
 
 
 def _own_history(folder: Path) -> History:
@@ -139,22 +145,22 @@ def _own_history(folder: Path) -> History:
 
 
 def _is_wanted() -> bool:
-    """Whether Slurm still wants this job to run; assumed where it does not answer."""
+    """Whether Slurm still wants this job to run; assumed where it does not say."""
     try:
         return slurm.is_still_running(str(slurm.own_job()))
-    except slurm.Unreachable:
+    except slurm.SlurmError:
         return True
 
 
-def _patiently(do: Callable[[], _T]) -> _T:
-    """What ``do`` returns; it is tried again while the file server is away.
+def _patiently(do: Callable[[], _T], outage: float = _OUTAGE) -> _T:
+    """What ``do`` returns; it is tried again while the file server is away, for ``outage`` seconds.
 
     Raises
     ------
     OSError
         where that takes too long; at once where there is no such file.
     """
-    deadline, told = time.monotonic() + _OUTAGE, False
+    deadline, told = time.monotonic() + outage, False
     while True:
         try:
             return do()

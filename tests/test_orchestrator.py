@@ -229,6 +229,42 @@ def test_only_the_job_that_galdist_is_goes_back_into_the_queue(
     assert "; job 12 could not be queued again: squeue is not on PATH" in pipeline._queue_again()[1]
 
 
+def test_a_time_limit_is_counted_once_the_file_server_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    (tmp_path / ".slurm").mkdir()
+    write, away = durable.write_json, [True, True]
+
+    def troubled(*args: Any) -> None:
+        if away and away.pop():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        write(*args)
+
+    monkeypatch.setattr(durable, "write_json", troubled)
+    assert launch.count_limit(tmp_path) == ""
+    assert durable.read_json(tmp_path / ".slurm" / "history-12.json")["limits"] == [0.0]
+
+
+def test_a_time_limit_that_cannot_be_counted_does_not_stop_whoever_queues_the_job_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(allocation, "_BRIEF", 0.0)
+    monkeypatch.setattr(durable, "write_json", gone)
+    assert launch.count_limit(tmp_path) == ""
+
+
+def test_a_job_is_wanted_where_slurm_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(job: str) -> bool:
+        raise slurm.SlurmError("squeue: Invalid user")
+
+    monkeypatch.setattr(slurm, "is_still_running", refused)
+    assert allocation._is_wanted()
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP])
 def test_signals_that_ask_to_stop(number: signal.Signals) -> None:
     before = signal.getsignal(number)
