@@ -483,9 +483,11 @@ class _Execution:
         def end(running: _Running) -> str:
             try:
                 running.job.cancel(grace)
+                running.record.end(running.job.about(), running.job.poll(), stopped=True)
             except slurm.SlurmError as error:
                 return f"the job of {running.entry.name} could not be ended: {error}"
-            running.record.end(running.job.about(), running.job.poll(), stopped=True)
+            except OSError as error:  # whoever is stopped has more to do
+                return f"how {running.entry.name} ended could not be written down: {error}"
             return ""
 
         with ThreadPoolExecutor(_CANCELLING) as pool:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -227,6 +228,17 @@ def test_only_the_job_that_galdist_is_goes_back_into_the_queue(
     assert (requeued, words[:44]) == (False, "; job 12 is not queued again: it runs someth")
     monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
     assert "; job 12 could not be queued again: squeue is not on PATH" in pipeline._queue_again()[1]
+
+
+def test_a_file_server_that_is_away_does_not_keep_a_stopped_run_from_going_on() -> None:
+    entry, job, record = Mock(), Mock(), Mock()
+    entry.name = "a"
+    record.end.side_effect = OSError(errno.ESTALE, "Stale file handle")
+    view = status.StepView("a", "pieces", "running")
+    running = pipeline._Running(entry, job, view, record)
+    problems = pipeline._Execution.cancel(Mock(_running={"a": running}, _starting=[]))
+    assert problems == ["how a ended could not be written down: [Errno 116] Stale file handle"]
+    job.cancel.assert_called_once()
 
 
 def test_a_time_limit_is_counted_once_the_file_server_is_back(
