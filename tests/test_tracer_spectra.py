@@ -140,9 +140,9 @@ def galaxies(n, *power):
     return {"n": n, "shot_noise": BOX**3 / n, "power": list(power)}
 
 
-def compared(predictions, truth=None, cross="none", **parts):
+def compared(predictions, truth=None, cross="none", band=(0.1, 0.2)):
     """The result for predictions: step -> (label, part)."""
-    config = TracersConfig(band=(0.1, 0.2), k_max=0.2, cross=cross, jackknife=0)
+    config = TracersConfig(band=band, k_max=0.2, cross=cross, jackknife=0)
     truth = {
         "counts": [0, 5000, 800, 0, 0, 0, 0, 0],
         "k": [0.07, 0.13, 0.19],
@@ -194,6 +194,15 @@ def test_chi2_is_summed_over_bins_and_averaged_over_draws_and_seeds():
     of_mean = ((mean - [900, 400, 100]) ** 2 / sigma**2).sum()
     assert found["chi2"]["of_mean"] == pytest.approx(of_mean)
     assert (found["n"], found["n_std"]) == (4750, pytest.approx(np.std([5000, 4500], ddof=1)))
+
+
+def test_a_band_that_is_accepted_has_the_bins_that_were_checked(tmp_path, catalog):
+    """The center of the second bin, 0.1257 h/Mpc, is in the band, the mean k of its modes is not."""
+    part = prediction(entries(t1=galaxies(4000, 1000.0, 500.0, 100.0)))
+    _, result = compared({"a": ("net", part)}, band=(0.12, 0.128))
+    assert result["in_band"].tolist() == [0, 1, 0]
+    right = write_samples(tmp_path / "right", (np.arange(20) * 3 % 8)[:, None], np.arange(0, 60, 3))
+    check(tmp_path, catalog, "band 0.127-0.14 h/Mpc has no bin", [right], band=(0.127, 0.14))
 
 
 def test_undefined_values_are_left_out():

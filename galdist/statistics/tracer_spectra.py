@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 FILE = "tracers.json"
 COLUMNS = ("log_stellar_mass", "color_gi")
 """What a tracer is told by."""
+_ROUNDING = 1e-9  # relative, of the centers of bins
 
 Array = NDArray[np.float64]
 
@@ -73,7 +74,7 @@ class TracersConfig(StrictModel):
     k_max: PositiveFloat = 1.0
     """Largest wavenumber [h/Mpc]."""
     band: Band = (0.1, 0.4)
-    """Wavenumbers [h/Mpc] of the chi^2 in the table of results."""
+    """Wavenumbers [h/Mpc] of the chi^2 in the table of results: the bins whose centers are there."""
     cross: Literal["none", "truth", "all"] = "all"
     """Cross powers between tracers: of the truth, or also of each prediction's first draw, with those of each
     predicted tracer with the true one."""
@@ -128,7 +129,13 @@ class _Box:
 
     def n_bins(self, k_max: float) -> int:
         """Bins whose center is not above ``k_max``."""
-        return math.floor(k_max / self.fundamental * (1 + 1e-9))
+        return math.floor(k_max / self.fundamental * (1 + _ROUNDING))
+
+    def in_band(self, config: "TracersConfig") -> NDArray[np.bool_]:
+        """(bins,) whether the center of each is in the band."""
+        centers = self.fundamental * np.arange(1, self.n_bins(config.k_max) + 1)
+        low, high = config.band
+        return (centers >= low * (1 - _ROUNDING)) & (centers <= high * (1 + _ROUNDING))
 
 
 def tracers(config: TracersConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
@@ -194,8 +201,8 @@ def load_tracers(step: str | Path) -> dict[str, Any]:
     ``{"band": [low, high], "simulations": {name: {...}}}`` with, for each simulation:
 
     ``box_size`` [Mpc/h], ``redshift``, ``split``, ``n_halos``, ``n_mesh``, ``nyquist`` [h/Mpc], and for each
-    bin ``k`` (mean of its modes), ``k_min`` (lower edge), ``modes`` and ``in_band`` (1 inside); ``labels``:
-    label -> its steps.
+    bin ``k`` (mean of its modes), ``k_min`` (lower edge), ``modes`` and ``in_band`` (1 where its center
+    is); ``labels``: label -> its steps.
 
     ``tracers``: "1" to "7" -> ``selection`` (words), ``truth`` and ``labels``. ``truth`` has ``n`` (halos),
     ``shot_noise`` [(Mpc/h)^3], ``power`` and ``error`` (sigma), and ``jackknife``: ``power``, ``error``,
@@ -303,8 +310,7 @@ def _check_bins(config: TracersConfig, box: _Box) -> None:
             f"{config.k_max:g} needs n_mesh {2 * (n_bins + 1)}; twice that keeps it far from the Nyquist "
             "frequency"
         )
-    centers = width * np.arange(1, n_bins + 1)
-    if not ((centers >= config.band[0]) & (centers <= config.band[1])).any():
+    if not box.in_band(config).any():
         raise ValueError(
             f"{name}: the band {config.band[0]:g}-{config.band[1]:g} h/Mpc has no bin; they lie at multiples "
             f"of {width:.3g} h/Mpc up to {config.k_max:g}: change `band` or `k_max`"
@@ -401,7 +407,7 @@ def _compared(config: TracersConfig, box: _Box, parts: Mapping[str, Any]) -> dic
     labels: dict[str, dict[str, Any]] = {}
     for step, prediction in box.predictions.items():
         labels.setdefault(prediction.label, {})[step] = arrays(parts[step])
-    in_band = (truth["k"] >= config.band[0]) & (truth["k"] <= config.band[1])
+    in_band = box.in_band(config)
     result: dict[str, Any] = {
         "box_size": box.attrs.box_size,
         "redshift": box.attrs.redshift,
