@@ -329,7 +329,8 @@ def test_what_a_full_disk_costs_is_said_and_made_up_for(
                 if ending == "stopped":
                     ranks.signal_all(signal.SIGTERM)
                 assert ranks.wait(60) == [1]
-        what = "checkpoint step" if ending == "stopped" else "the trained model"
+        # On a slow machine the signal may come when the last step is done.
+        what = "(checkpoint step|the trained model)" if ending == "stopped" else "the trained model"
         assert re.search(
             rf"CheckpointError: no room for {what}.* in {out}/.*: No space left on device, 0\.0 MB are free "
             r"there\. Make room there and run the same command again: training then goes on from the last "
