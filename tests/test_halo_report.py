@@ -158,7 +158,7 @@ def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path)
 
 def test_scores_stand_beside_published_ones_and_the_noise_floor(page: str, run: Path) -> None:
     rows = {(r["label"], r["metric"], r["of"]): r for r in load_scores(run / "scores")["rows"]}
-    groups, heads, *lines, floor = _cells(page, "Kolmogorov–Smirnov distances")
+    groups, heads, *lines, floor, between = _cells(page, "Kolmogorov–Smirnov distances")
     assert groups == ["", "log M∗", "g–i", "log M∗ and g–i, flat", "log M∗ and g–i, mean"]
     assert heads == ["Model", "ours", "ours", "published", "ours", "published", "ours"]
     table = {line[0]: line[1:] for line in lines}
@@ -171,6 +171,9 @@ def test_scores_stand_beside_published_ones_and_the_noise_floor(page: str, run: 
     assert table["Mass"][1:] == [""] * 5
     assert floor[0] == "Noise floor"
     assert float(floor[4].split(" ± ")[0]) == pytest.approx(rows["Flow", "ks_flat", PAIR]["floor"], abs=1e-3)
+    assert between[0] == "Between draws, Flow"
+    self_floor = rows["Flow", "ks_flat", PAIR]["self_floor"]
+    assert float(between[4].split(" ± ")[0]) == pytest.approx(self_floor, abs=1e-3)
 
 
 def test_only_what_is_at_the_noise_floor_stands_out(page: str) -> None:
@@ -230,7 +233,7 @@ def test_tables_of_tracers_hold_what_was_measured(page: str, run: Path) -> None:
     table = {line[0]: line[1:] for line in _cells(page, "Galaxies of each tracer")}
     assert table["truth"] == [f"{n:.0f}" for n in box["counts"]["truth"]]
     assert table["published truth"][1:3] == ["1497", "1942"]
-    chi2 = {line[0]: line[1:] for line in _cells(page, "χ² over the 4 bins of 0.3 to 1.2 h/Mpc")}
+    chi2 = {line[0]: line[1:] for line in _cells(page, "χ² over the 3 bins of 0.3 to 1.2 h/Mpc")}
     assert set(chi2) == {"Model", "SQR joint", "Flow", "100% &amp; far_off"}
     for number, text in zip(box["tracers"], chi2["Flow"], strict=True):
         found = box["tracers"][number]["labels"]["Flow"]["chi2_band"]

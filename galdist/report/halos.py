@@ -429,8 +429,8 @@ def _score_tables(scores: Scores, published: Published | None, prefix: str) -> l
     cited = f" Published: {published.citation}." if published else ""
     floor = (
         "Noise floor: mean and scatter between two true samples of as many galaxies. Bold: not above it "
-        "by more "
-        f"than two standard deviations. {_ERRORS}"
+        "by more than two standard deviations. Between draws: what that model would score were the truth one "
+        f"of its own draws, which are of the same halos. {_ERRORS}"
     )
     tables = [
         _table(
@@ -511,19 +511,39 @@ def _table(
         next((row for label in scores.labels if (row := scores.row(label, *column[1:]))), None)
         for column in columns
     ]
-    foot = []
+    foot: list[Row] = []
     if any(row is not None and row["floor"] is not None for row in floors):
         cells = []
         for column, row in zip(columns, floors, strict=True):
             cells += [Cell()] * bool(cited[column])
             cells.append(Cell(_value(row, "floor") if row else ""))
-        foot = [Row("Nominal" if name.endswith("coverage") else "Noise floor", tuple(cells))]
+        foot = [
+            Row("Nominal" if name.endswith("coverage") else "Noise floor", tuple(cells)),
+            *_between_draws(scores, columns, cited),
+        ]
     if any(cited.values()):
         groups = tuple((column[0], 1 + bool(cited[column])) for column in columns)
         heads = [text for column in columns for text in (["published"] * bool(cited[column]) + ["ours"])]
     else:
         groups, heads = (), [column[0] for column in columns]
     return Table(name, title, caption, ("Model", *heads), tuple(rows), tuple(foot), groups)
+
+
+def _between_draws(
+    scores: Scores,
+    columns: Sequence[tuple[str, str, str]],
+    cited: Mapping[tuple[str, str, str], Mapping[str, float]],
+) -> tuple[Row, ...]:
+    """Distances between draws of the best model that has several, in the columns of `_table`."""
+    for label in scores.ranking():
+        rows = [scores.row(label, *column[1:]) for column in columns]
+        if any(row is not None and row["self_floor"] is not None for row in rows):
+            cells: list[Cell] = []
+            for column, row in zip(columns, rows, strict=True):
+                cells += [Cell()] * bool(cited[column])
+                cells.append(Cell(_value(row, "self_floor")))
+            return (Row(f"Between draws, {label}", tuple(cells)),)
+    return ()
 
 
 def _good(row: ScoreRow, least: float) -> bool:
@@ -566,13 +586,15 @@ def _point_table(scores: Scores, published: Published | None, name: str, of: str
 
 
 def _value(row: Mapping[str, Any] | None, key: str = "value") -> str:
-    """A score with its error, or its floor with its scatter."""
+    """A score with its error, or one of its floors with its scatter."""
     if row is None or row[key] is None:
         return ""
     if key == "floor":
         if row["metric"].startswith("coverage"):
             return measured(row["floor"])
         return measured(row["floor"], row["floor_error"])
+    if key == "self_floor":
+        return measured(row["self_floor"], row["self_floor_error"])
     return measured(row["value"], row["bootstrap"] if row["error"] is None else row["error"])
 
 
