@@ -352,7 +352,7 @@ def test_the_ends_of_paths_are_names_where_they_are_unique(model: Model, tmp_pat
         model, tmp_path / "halos.hdf5", out, Wanted(), {"Mvir": "Galaxies/Mass", "spin": "Halos/S_h"}
     )
     assert pd.read_parquet(out).equals(model.predict(table))
-    with pytest.raises(SettingsError, match="column 'Mass' .* is missing"):
+    with pytest.raises(SettingsError, match=r"column 'Mass' .* is missing"):
         predict_file(model, tmp_path / "halos.hdf5", out, Wanted(), {"Mvir": "Mass"})
 
 
