@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from galdist.config import StrictModel
 from galdist.models import Batch, ModelConfig, Objective, TrainingFields
-from galdist.models.tables import Columns, TableConfig, TableObjective
-
-Widths = Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)]
+from galdist.models.tables import Columns, TableConfig, TableObjective, Widths
 
 
 class Bins(StrictModel):

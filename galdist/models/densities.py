@@ -20,9 +20,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
 from galdist.models import Batch, ModelConfig, Objective, TrainingFields
-from galdist.models.tables import TableConfig, TableObjective
-
-Widths = Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)]
+from galdist.models.tables import TableConfig, TableObjective, Widths
 
 _LOWEST_SCALE = 1e-3  # of a Gaussian, standardized
 
@@ -190,9 +188,7 @@ class Flow(_Density):
 
     def prepare(self, training: TrainingFields) -> None:
         super().prepare(training)
-        columns = [np.concatenate(list(training(target))).astype(np.float64) for target in self.targets]
-        mean, std = self.target_mean.double().numpy(), self.target_std.double().numpy()
-        self.gaussianization.fit((np.stack(columns, -1) - mean) / std)
+        self.gaussianization.fit(self.scaled_training_targets(training))
 
     def log_density(self, batch: Batch) -> Tensor:
         z, log_slope = self.gaussianization(self.scaled_targets(batch))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field as Constraint
 from pydantic import PositiveFloat, PositiveInt
@@ -24,10 +23,8 @@ from zuko.transforms import MonotonicRQSTransform
 from galdist.config import StrictModel
 from galdist.models import Batch, ModelConfig, Objective, TrainingFields
 from galdist.models.densities import Gaussianization
-from galdist.models.tables import TableConfig, TableObjective
+from galdist.models.tables import TableConfig, TableObjective, Widths
 from galdist.training.losses import pinball
-
-Widths = Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)]
 
 
 class SumOfQuantilesConfig(TableConfig):
@@ -256,9 +253,7 @@ class AutoregressiveQuantiles(TableObjective):
 
     def prepare(self, training: TrainingFields) -> None:
         super().prepare(training)
-        columns = [np.concatenate(list(training(target))).astype(np.float64) for target in self.targets]
-        mean, std = self.target_mean.double().numpy(), self.target_std.double().numpy()
-        self.gaussianization.fit((np.stack(columns, -1) - mean) / std)
+        self.gaussianization.fit(self.scaled_training_targets(training))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         n, t = self.config.levels, len(self.targets)

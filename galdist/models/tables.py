@@ -11,13 +11,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field as Constraint
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from galdist.models import Batch, ModelConfig, Objective, TrainingFields
 
 Columns = Annotated[tuple[str, ...], Constraint(min_length=1)]
+Widths = Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)]
+"""Of hidden layers."""
 
 
 class TableConfig(ModelConfig):
@@ -101,6 +104,13 @@ class TableObjective(Objective):
                 std = values.std() if low < high else 1.0
                 for what, value in (("mean", values.mean()), ("std", std), ("low", low), ("high", high)):
                     self.get_buffer(f"{side}_{what}")[i] = float(value)
+
+    def scaled_training_targets(self, training: TrainingFields) -> NDArray[np.float64]:
+        """The targets (n, t) of all training rows, standardized; for families that fit more to them."""
+        columns = [np.concatenate(list(training(target))).astype(np.float64) for target in self.targets]
+        mean, std = self.target_mean.double().numpy(), self.target_std.double().numpy()
+        scaled: NDArray[np.float64] = (np.stack(columns, -1) - mean) / std
+        return scaled
 
     def scaled_inputs(self, batch: Batch) -> Tensor:
         """The inputs (b, d) with the training rows' mean 0 and standard deviation 1."""

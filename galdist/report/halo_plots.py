@@ -246,6 +246,17 @@ def plot_tracer_power(
     _wavenumbers((ax, below), k, band)
 
 
+def _curves_about_one(
+    ax: Axes, k: NDArray[np.float64], curves: Mapping[str, ArrayLike], palette: Palette, title: str
+) -> None:
+    """A curve a model, and the line at 1."""
+    ax.axhline(1, color=INK, linewidth=0.8)
+    for name, values in curves.items():
+        look = palette[name]
+        ax.plot(k, np.asarray(values, float), color=look.color, linestyle=look.line, linewidth=1.2)
+    ax.set_title(title, fontsize=9)
+
+
 def plot_residual(
     ax: Axes,
     k: ArrayLike,
@@ -256,11 +267,7 @@ def plot_residual(
 ) -> None:
     """Squared residuals of a tracer's power over its variance, in each bin; the line is one sigma."""
     k = np.asarray(k, float)
-    ax.axhline(1, color=INK, linewidth=0.8)
-    for name, values in residuals.items():
-        look = palette[name]
-        ax.plot(k, values, color=look.color, linestyle=look.line, linewidth=1.2)
-    ax.set_title(title, fontsize=9)
+    _curves_about_one(ax, k, residuals, palette, title)
     ax.set(
         xscale="log", yscale="log", xlabel=K_LABEL,
         ylabel=r"$(P - P_\mathrm{truth})^2\,/\,\sigma^2$",
@@ -280,11 +287,7 @@ def plot_stochasticity(
 ) -> None:
     """r(k) of each model's tracer with the true one."""
     k = np.asarray(k, float)
-    ax.axhline(1, color=INK, linewidth=0.8)
-    for name, values in correlations.items():
-        look, values = palette[name], np.asarray(values, float)
-        ax.plot(k, values, color=look.color, linestyle=look.line, linewidth=1.2)
-    ax.set_title(title, fontsize=9)
+    _curves_about_one(ax, k, correlations, palette, title)
     ax.set(
         xscale="log", xlabel=K_LABEL, ylabel=r"$r(k)$ with truth",
         ylim=(0.55, 1.25),
