@@ -64,6 +64,7 @@ def mpirun(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]
             output, _ = process.communicate()
             pytest.fail(f"{ranks} ranks did not finish {function.__qualname__} in {timeout:g} s:\n{output}")
         if process.returncode != 0:
+            output += "".join(path.read_text() for path in sorted(folder.glob("result.error.*")))
             pytest.fail(f"{function.__qualname__} failed on {ranks} ranks ({process.returncode}):\n{output}")
         results: list[Any] = pickle.loads(result.read_bytes())  # noqa: S301 - written by the ranks above
         assert len(results) == ranks
@@ -91,7 +92,8 @@ def _rank(call: str, result: str) -> None:
         if comm.rank == 0:
             Path(result).write_bytes(pickle.dumps(results))
     except BaseException:  # noqa: BLE001 - the other ranks wait in a collective call: all must end
-        print(f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}", flush=True)
+        text = f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}"
+        Path(f"{result}.error.{comm.rank}").write_text(text)  # what is printed may be lost when the world ends
         comm.Abort(1)
 
 
