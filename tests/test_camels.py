@@ -33,6 +33,11 @@ def assert_holds(simulation: Simulation, truth: Truth) -> None:
     np.testing.assert_allclose(galaxies["color_gi"], 0.9, rtol=1e-5)
     np.testing.assert_array_equal(galaxies["halo"], truth.galaxy_halo[keep])
     np.testing.assert_array_equal(galaxies["is_central"], truth.is_central[keep])
+    everything = simulation.galaxies(0.0)
+    v_max = np.zeros(len(truth.halo_mass), "f4")
+    central = everything["is_central"]
+    v_max[everything["halo"][central]] = everything["v_max"][central]
+    np.testing.assert_array_equal(halos["v_max"], v_max)
     assert len(simulation.halos(nbody=True)["mass"]) == len(truth.halo_mass)
 
 

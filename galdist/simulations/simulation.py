@@ -259,11 +259,13 @@ def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
         ``position`` (n, 3) [Mpc/h], ``velocity`` (n, 3) [km/s], ``mass`` [Msun/h] of all linked particles,
         ``mass_200c`` [Msun/h] and ``radius_200c`` [Mpc/h] of the sphere with 200 times the critical density,
         ``n_particles``. Where the files have it, ``mass_vir`` and ``radius_vir`` of the sphere with the
-        virial density of Bryan & Norman (1998).
+        virial density of Bryan & Norman (1998), and ``v_max`` [km/s], the largest circular velocity of the
+        first subhalo (of a complete catalogue only; 0 in halos without one).
     """
     fields = ("GroupPos", "GroupVel", "GroupMass", "Group_M_Crit200", "Group_R_Crit200", "GroupLen")
     virial = _held(files, "Group", ("Group_M_TopHat200", "Group_R_TopHat200"))
-    catalog, header, _ = _read_catalog(files, "Group", (*fields, *virial), complete)
+    first = _held(files, "Group", ("GroupFirstSub",)) if complete else ()
+    catalog, header, _ = _read_catalog(files, "Group", (*fields, *virial, *first), complete)
     halos = {
         "position": catalog["GroupPos"],
         # The files have GroupVel in km/s/a: the peculiar velocity is GroupVel / a.
@@ -276,6 +278,11 @@ def read_halos(files: Sequence[Path], complete: bool = True) -> Columns:
     if len(virial) == 2:
         halos["mass_vir"] = catalog["Group_M_TopHat200"].astype(np.float64) * header.mass
         halos["radius_vir"] = catalog["Group_R_TopHat200"].astype(np.float64) * header.length
+    if first and _held(files, "Subhalo", ("SubhaloVmax",)):
+        subhalos, _, _ = _read_catalog(files, "Subhalo", ("SubhaloVmax",), complete)
+        v_max = np.append(subhalos["SubhaloVmax"] * np.float32(header.velocity), np.float32(0))
+        row = catalog["GroupFirstSub"].astype(np.int64)
+        halos["v_max"] = v_max[np.where(row == NO_SUBHALO, -1, row)]  # the last one is that of none
     return halos
 
 
