@@ -16,20 +16,31 @@ from torch import Tensor, nn
 _RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
-def wrap(x: Tensor, width: int) -> Tensor:
-    """``x`` ``(..., z, y, x)`` of a periodic mesh, continued by ``width`` cells at each face."""
-    for axis in (-3, -2, -1):
+def wrap(x: Tensor, width: int, spatial: int = 3) -> Tensor:
+    """``x`` of a periodic mesh (the last ``spatial`` axes), continued by ``width`` cells at each face."""
+    for axis in range(-spatial, 0):
         n = x.shape[axis]
         x = torch.cat([x.narrow(axis, n - width, width), x, x.narrow(axis, 0, width)], axis)
     return x
 
 
-def trim(x: Tensor, width: int) -> Tensor:
-    """``x`` ``(..., z, y, x)`` without ``width`` cells at each face."""
+def trim(x: Tensor, width: int, spatial: int = 3) -> Tensor:
+    """``x`` without ``width`` cells at each face of its mesh, the last ``spatial`` axes."""
     if width == 0:
         return x
-    inside = slice(width, -width)
-    return x[..., inside, inside, inside]
+    return x[(..., *(slice(width, -width),) * spatial)]
+
+
+def standardized(weight: Tensor, gain: Tensor) -> Tensor:
+    """Kernels of zero mean and of norm ``gain``, one for each output channel.
+
+    Scaled weight standardization with gains, Brock et al. 2021 (arXiv:2101.08692), eq. 5, without the factor
+    of the nonlinearity.
+    """
+    axes = tuple(range(1, weight.ndim))
+    variance, mean = torch.var_mean(weight, axes, correction=0, keepdim=True)
+    scale = gain.view(-1, *(1,) * len(axes)) * torch.rsqrt(variance * weight[0].numel() + 1e-6)
+    return scale * (weight - mean)
 
 
 class RecurrentConv3d(nn.Module):
@@ -37,8 +48,7 @@ class RecurrentConv3d(nn.Module):
     y.
 
     Alom et al. 2018 (arXiv:1802.06955), section III, where each step ends in batch normalization. Here the
-    kernel is standardized instead (scaled weight standardization with gains, Brock et al. 2021,
-    arXiv:2101.08692, eq. 5): zero mean and the norm that keeps unit variance through the ReLU. It costs
+    kernel is standardized instead: zero mean and the norm that keeps unit variance through the ReLU. It costs
     nothing per voxel, and it is local.
     """
 
@@ -50,10 +60,7 @@ class RecurrentConv3d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def _kernel(self) -> Tensor:
-        variance, mean = torch.var_mean(self.weight, (1, 2, 3, 4), correction=0, keepdim=True)
-        fan_in = self.weight[0].numel()
-        scale = self.gain.view(-1, 1, 1, 1, 1) * torch.rsqrt(variance * fan_in + 1e-6)
-        return _RELU_GAIN * scale * (self.weight - mean)
+        return _RELU_GAIN * standardized(self.weight, self.gain)
 
     def forward(self, x: Tensor, periodic: bool) -> Tensor:
         kernel = self._kernel()
