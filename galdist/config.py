@@ -11,10 +11,10 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, GetCoreSchemaHandler
@@ -53,6 +53,15 @@ class ExternalPath(PosixPath):
         if "$" in text:
             raise ValueError(f"{value} names an environment variable that is not set")
         return cls(os.path.abspath(text))
+
+
+@runtime_checkable
+class ChecksInputs(Protocol):
+    """A stage's configuration that decides which of the stage's roles a step must have."""
+
+    def check_inputs(self, inputs: Mapping[str, Sequence[str]]) -> None:
+        """Raise ValueError where a step with this configuration cannot read ``inputs``, role -> names of
+        steps."""
 
 
 def external_paths(value: Any) -> Iterator[ExternalPath]:
@@ -322,6 +331,7 @@ def _check(document: strict.Document, stages: Mapping[str, Stage]) -> Run:
             problems += wrong
             if config is not None:
                 configs[step.name] = config
+                problems += _check_choice(entry, step, config)
         problems += _check_inputs(entry, made[:1], stage, by_name, known)
     order, cyclic = _order(steps)
     problems += cyclic
@@ -491,6 +501,16 @@ def _check_inputs(
             hint = f"; with `sweep: {swept}` this step is done for each member of {swept}" if swept else ""
             problems.append(Problem((*at, role), f"takes one step, got {given}{hint}"))
     return problems
+
+
+def _check_choice(entry: _Declared, step: Step, config: StrictModel) -> list[Problem]:
+    """What a configuration has against the inputs of its step."""
+    if isinstance(config, ChecksInputs):
+        try:
+            config.check_inputs(step.inputs)
+        except ValueError as error:
+            return [Problem((*entry.at, "inputs"), str(error))]
+    return []
 
 
 def _order(steps: list[Step]) -> tuple[tuple[str, ...], list[Problem]]:

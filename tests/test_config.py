@@ -415,6 +415,49 @@ steps:
 SUFFIXES = [f"-seed{seed}-n_pieces{number}" for seed in (1, 2) for number in (2, 3)]
 
 
+@pytest.mark.parametrize(
+    ("model", "inputs", "said"),
+    [
+        (
+            "nn-gauss",
+            "{}",
+            "the step's inputs must have steps under `catalogs`; of grids and catalogs they have none",
+        ),
+        (
+            "nn-gauss",
+            "{grids: tables}",
+            "under `catalogs` and no others; of grids and catalogs they have grids",
+        ),
+        ("nn-gauss", "{catalogs: tables, grids: tables}", "they have grids: [tables], catalogs: [tables]"),
+        ("r2unet-regressor", "{catalogs: tables}", "r2unet-regressor learns from grids"),
+        ("nn-gauss", "{catalogs: tables}", None),
+        ("r2unet-regressor", "{grids: tables}", None),
+    ],
+)
+def test_a_training_reads_what_its_model_learns_from(
+    model: str, inputs: str, said: str | None, tmp_path: Path
+) -> None:
+    text = f"""\
+name: study
+steps:
+  - {{name: tables, stage: pieces}}
+  - name: learned
+    stage: train
+    inputs: {inputs}
+    sweep: {{seed: [1, 2]}}
+    config: {{model: {{name: {model}}}, epochs: 1}}
+"""
+    stages = STAGES | {"train": config.STAGES["train"]}
+    if said is None:
+        assert load(write(tmp_path, text), (), stages).order == ("tables", "learned-seed1", "learned-seed2")
+        return
+    with pytest.raises(SettingsError) as caught:
+        load(write(tmp_path, text), (), stages)
+    (line,) = str(caught.value).splitlines()
+    assert "steps.learned.inputs: " in line
+    assert said in line
+
+
 def test_a_sweep_makes_a_step_of_each_value(tmp_path: Path) -> None:
     run = load(write(tmp_path, SWEPT), (), STAGES)
     swept = [f"{name}{suffix}" for name in ("classifier", "regressor", "predict") for suffix in SUFFIXES]

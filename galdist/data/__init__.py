@@ -1,7 +1,7 @@
 """What training data are to the loop, whatever they are made of: `galdist.data.datasets` for boxes,
 `galdist.data.tables` for rows."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,8 @@ from hpc import ddp
 
 Batch = dict[str, Any]
 
-ROLES = ("grids", "catalogs")
+ROLES = {"crops": "grids", "rows": "catalogs"}
+"""Kind of data -> the role under which a run file names the steps that have them."""
 
 
 class Batches(Protocol):
@@ -77,20 +78,31 @@ def share(batch_size: int, parts: int, world_size: int) -> int:
     return batch_size // (parts * world_size)
 
 
+def check_role(role: str, inputs: Mapping[str, Sequence[str]], model: str) -> None:
+    """Refuse names of steps, by role, that are not what a model learns from.
+
+    Raises
+    ------
+    ValueError
+        where there is none under ``role``, or one under the role of another kind of data.
+    """
+    given = {other: inputs[other] for other in ROLES.values() if inputs.get(other)}
+    if list(given) != [role]:
+        found = ", ".join(f"{other}: [{', '.join(given[other])}]" for other in given)
+        raise ValueError(
+            f"{model} learns from {role}: the step's inputs must have steps under `{role}`"
+            f"{' and no others' if given else ''}; of {' and '.join(ROLES.values())} they have "
+            f"{found or 'none'}"
+        )
+
+
 def steps_to_read(role: str, inputs: Mapping[str, list[Path]], model: str) -> list[Path]:
     """The steps that a model learns from, which a run file names under ``role``.
 
     Raises
     ------
     ValueError
-        where it names none, or steps under the role of another kind of data.
+        as `check_role`.
     """
-    given = {other: inputs[other] for other in ROLES if inputs.get(other)}
-    if list(given) != [role]:
-        found = ", ".join(f"{other}: [{', '.join(step.name for step in given[other])}]" for other in given)
-        raise ValueError(
-            f"{model} learns from {role}: the step's inputs must have steps under `{role}`"
-            f"{' and no others' if given else ''}; of {' and '.join(ROLES)} they have "
-            f"{found or 'none'}"
-        )
-    return given[role]
+    check_role(role, {other: [step.name for step in steps] for other, steps in inputs.items()}, model)
+    return inputs[role]

@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from galdist.config import StrictModel
-from galdist.data import Batch, TrainingData
+from galdist.data import ROLES, Batch, TrainingData, check_role
 from galdist.data.datasets import CropsConfig, to_device
 from galdist.data.tables import RowsConfig
 from galdist.models import AnyModelConfig, Objective, build
@@ -164,6 +164,10 @@ class TrainConfig(StrictModel):
                 f"{self.model.learns_from!r}: leave it out"
             )
         return self
+
+    def check_inputs(self, inputs: Mapping[str, Sequence[str]]) -> None:
+        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs."""
+        check_role(ROLES[self.data.kind], inputs, self.model.name)
 
 
 @dataclass
