@@ -1,6 +1,7 @@
 """The samples store: what is written is read, unfinished and foreign stores say what they are."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galdist.catalogs import samples
-from galdist.catalogs.samples import Samples, SamplesStore, create_samples, open_samples, rows_per_chunk
+from galdist.catalogs.centrals import Centrals
+from galdist.catalogs.samples import (
+    Samples,
+    SamplesStore,
+    aligned,
+    create_samples,
+    open_samples,
+    rows_per_chunk,
+)
 from galdist.grids.store import SimulationAttrs, StoreError
 
 TARGETS = ("log_stellar_mass", "color_gi")
@@ -179,3 +188,41 @@ def test_chunks_are_bounded(n_samples: int, n_targets: int) -> None:
 
 def test_rows_have_a_length() -> None:
     assert len(Samples(*(np.zeros(3),) * 5)) == 3  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_are_aligned_with_those_of_a_table(tmp_path: Path) -> None:
+    store = make(tmp_path, levels=(0.5,))
+    whole = fill(store)
+    random = np.random.default_rng(0)
+    wanted = {name: random.permutation(values["row"])[:5] for name, values in whole.items()}
+    order = random.permutation(10)
+    centrals = Centrals(
+        (attrs("none"), attrs("two"), attrs("one")),
+        np.repeat([2, 1], 5)[order],
+        np.concatenate([wanted["one"], wanted["two"]])[order],
+        {}, {}, {},
+    )  # fmt: skip
+    found = aligned(store, centrals, slice(2))
+    assert found.samples.shape == (10, 2, 2)
+    for i, (simulation, row) in enumerate(zip(centrals.simulation, centrals.row, strict=True)):
+        name = centrals.simulations[simulation].name
+        at = whole[name]["row"].tolist().index(row)
+        assert store.names()[found.simulation[i]] == name
+        assert found.row[i] == row
+        for key in ("point", "extrapolated", "quantiles"):
+            assert np.array_equal(getattr(found, key)[i], whole[name][key][at])
+        assert np.array_equal(found.samples[i], whole[name]["samples"][at][:2])
+
+
+def test_halos_that_were_not_predicted(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    row = fill(store)["one"]["row"]
+    table = partial(Centrals, columns={}, units={}, source_columns={})
+    with pytest.raises(StoreError, match="1 of the 26 halos of one were not predicted"):
+        aligned(store, table((attrs("one"), attrs("two")), np.zeros(26, int), np.append(row, 10**6)))
+    three = attrs("one"), attrs("two"), attrs("more")
+    with pytest.raises(StoreError, match="2 of the 2 halos of more were not predicted"):
+        aligned(store, table(three, np.full(2, 2), np.array([0, 1])))
+    with pytest.raises(StoreError, match=r"is of simulation 'two', which the catalogue has not \(one\)"):
+        aligned(store, table((attrs("one"),), np.zeros(25, int), row))

@@ -335,14 +335,27 @@ def test_predictions_of_other_rows(universe: Universe) -> None:
     fewer = {name: rows[:-3] for name, rows in universe.rows.items()}
     n = len(universe.rows["a"])
     with pytest.raises(
-        ValueError, match=rf"has {n - 3} rows of a, and {n - 3} of the {n} .*exactly the rows"
+        ValueError, match=rf"fewer.*: 3 of the {n} halos of a were not predicted: predict them"
     ):
         score(universe, [universe.predict("fewer", rows=fewer)])
     other = {name: np.arange(len(rows)) for name, rows in universe.rows.items()}
-    with pytest.raises(ValueError, match="exactly the rows of the split"):
+    with pytest.raises(ValueError, match="were not predicted"):
         score(universe, [universe.predict("other", rows=other)])
-    with pytest.raises(ValueError, match="has no rows of simulation 'b'"):
+    n = len(universe.rows["b"])
+    with pytest.raises(ValueError, match=rf"{n} of the {n} halos of b were not predicted"):
         score(universe, [universe.predict("without", rows={"a": universe.rows["a"]})])
+
+
+def test_sets_that_no_model_has_are_refused(universe: Universe) -> None:
+    steps = [
+        universe.predict("pair", "pair", TARGETS[:2], size=2),
+        universe.predict("rate", "rate", TARGETS[2:], size=2),
+    ]
+    with pytest.raises(ValueError, match=r"joints: no prediction has 'colour_gi'; did you mean 'color_gi'\?"):
+        score(universe, steps, joints=[("log_stellar_mass", "colour_gi")])
+    with pytest.raises(ValueError, match="joints: no prediction has all of color_gi, log_ssfr"):
+        score(universe, steps, joints=[("color_gi", "log_ssfr")])
+    assert {of for _, _, of in score(universe, steps[1:])} == {"log_ssfr"}  # the default asks of no model
 
 
 def test_predictions_of_another_simulation(universe: Universe, tmp_path: Path) -> None:
@@ -382,7 +395,7 @@ def test_predictions_that_are_not_finite(universe: Universe, array: str) -> None
     changed = values[:]
     changed[(5,) + (-1,) * (changed.ndim - 1)] = np.inf
     values[...] = changed
-    with pytest.raises(ValueError, match=f"{array} of b are not all finite"):
+    with pytest.raises(ValueError, match=f"{array} are not all finite"):
         score(universe, [step])
 
 

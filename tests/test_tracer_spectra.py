@@ -55,7 +55,7 @@ def test_wrong_inputs_are_refused_before_anything_is_measured(tmp_path, catalog)
     draws = (np.arange(20) * 3 % 8)[:, None]
     right = write_samples(tmp_path / "right", draws, np.arange(0, 60, 3))
     other = write_samples(tmp_path / "other", draws, np.arange(20))
-    check(tmp_path, catalog, "13 of the 20 halos of the test split of box were not predicted", [other])
+    check(tmp_path, catalog, "13 of the 20 halos of box were not predicted", [other])
     check(tmp_path, catalog, "no halo of the validation split", [right], split="validation")
     check(tmp_path, catalog, "has 1 draws a halo, but `draws` asks for 5", [right], draws=5)
     check(

@@ -19,6 +19,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from galdist.catalogs.centrals import Centrals
 from galdist.grids.store import SimulationAttrs, StoreError, consolidate, open_root, unknown_name, use_zarrs
 
 FORMAT = "galdist-samples"
@@ -327,6 +328,58 @@ def open_samples(path: str | Path, mode: Literal["r", "r+"] = "r") -> SamplesSto
     """
     where = "the stages `sample` and `baseline` leave one, samples.zarr"
     return SamplesStore(path, open_root(path, "samples store", FORMAT, VERSION, where, mode))
+
+
+def aligned(store: SamplesStore, centrals: Centrals, draws: slice = slice(None)) -> Samples:
+    """What a model gave the halos of a table: row i is of row i of ``centrals``.
+
+    What the store has of other halos is left out. Takes the memory of what it returns, and of a chunk.
+
+    Parameters
+    ----------
+    draws
+        which of each halo's.
+
+    Raises
+    ------
+    StoreError
+        for halos that the store lacks, and for a simulation in it that the table has not.
+    """
+    names = [attrs.name for attrs in centrals.simulations]
+    if strangers := sorted(set(store.names()) - set(names)):
+        raise StoreError(
+            f"{store.path} is of simulation {strangers[0]!r}, which the catalogue has not "
+            f"({', '.join(names)})"
+        )
+    n, t = len(centrals), len(store.targets)
+    whole = Samples(
+        simulation=np.full(n, -1),
+        row=centrals.row,
+        point=np.empty((n, t), np.float32),
+        samples=np.empty((n, len(range(store.n_samples)[draws]), t), np.float32),
+        extrapolated=np.empty(n, np.bool_),
+        quantiles=np.empty((n, len(store.levels), t), np.float32) if store.levels else None,
+    )
+    for index in np.unique(centrals.simulation):
+        here = np.flatnonzero(centrals.simulation == index)
+        here = here[np.argsort(centrals.row[here])]
+        row, name = centrals.row[here], names[index]
+        for part in store.chunks(name) if name in store.names() else ():
+            at = np.minimum(np.searchsorted(row, part.row), len(row) - 1)
+            wanted = row[at] == part.row
+            to = here[at[wanted]]
+            whole.simulation[to] = part.simulation[wanted]
+            whole.point[to] = part.point[wanted]
+            whole.samples[to] = part.samples[wanted, draws]
+            whole.extrapolated[to] = part.extrapolated[wanted]
+            if whole.quantiles is not None and part.quantiles is not None:
+                whole.quantiles[to] = part.quantiles[wanted]
+        if missing := np.count_nonzero(whole.simulation[here] < 0):
+            raise StoreError(
+                f"{store.path}: {missing} of the {len(here)} halos of {name} were not predicted: predict "
+                "them, with the same catalogue and `split`"
+            )
+    return whole
 
 
 def _strings(value: Any) -> list[str]:

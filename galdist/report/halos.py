@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galdist.catalogs.centrals import Centrals, read_centrals
-from galdist.catalogs.samples import SamplesStore, open_samples
+from galdist.catalogs.samples import aligned, open_samples
 from galdist.report.artist import Artist, Block, Panel
 from galdist.report.published import Published
 from galdist.report.tables import Cell, Row, Table, measured, save_latex
@@ -201,7 +201,8 @@ class _Populations:
         for step in _inputs(self.study.run, self.scores.step, "predictions"):
             store = open_samples(step.path / "samples.zarr")
             if store.label in self.labels and store.label not in found:
-                found[store.label] = _first_draw(step, store, self.truth)
+                given = aligned(store, self.truth, slice(1))
+                found[store.label] = _Draws(step, store.targets, given.samples[:, 0], given.point)
         return found
 
     def figures(self, artist: Artist, prefix: str) -> list[Block]:
@@ -401,21 +402,6 @@ def _inputs(run: Run, step: Step, role: str) -> list[Step]:
     names = declared.get("inputs", {}).get(role, [])
     steps = run.steps
     return [steps[name] for name in ([names] if isinstance(names, str) else names)]
-
-
-def _first_draw(step: Step, store: SamplesStore, truth: Centrals) -> _Draws:
-    """In bounded memory: of each chunk only what is drawn."""
-    draws, points = [], []
-    for index in np.unique(truth.simulation):
-        chunks = store.chunks(truth.simulations[index].name)
-        parts = [(part.row, part.samples[:, 0].copy(), part.point) for part in chunks]
-        row, draw, point = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        order = np.argsort(row, kind="stable")
-        if not np.array_equal(row[order], truth.row[truth.simulation == index]):
-            raise RunError(f"{store.path}: its rows are not those that were scored; run the step again")
-        draws.append(draw[order])
-        points.append(point[order])
-    return _Draws(step, store.targets, np.concatenate(draws), np.concatenate(points))
 
 
 # Tables of scores

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from pydantic import Field as Constraint
 
 from galdist.catalogs.centrals import SPLITS, Centrals, read_centrals
-from galdist.catalogs.samples import SamplesStore, open_samples
+from galdist.catalogs.samples import SamplesStore, aligned, open_samples
 from galdist.config import StrictModel
 from galdist.grids.store import Split
-from galdist.statistics import distributions
+from galdist.statistics import distributions, tracers
 from galdist.statistics.distributions import Array, Weights
 from galdist.statistics.metrics import MetricRow, metric_row, save_metrics
 from galdist.statistics.spectra import TRUTH
 from hpc import durable, progress
+from hpc.strict import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ class ScoresConfig(StrictModel):
 
     split: Split = "test"
     """The rows that predictions were made for."""
-    joints: tuple[Annotated[Columns, Constraint(min_length=2)], ...] = (("log_stellar_mass", "color_gi"),)
-    """Sets of properties scored together for every model that has them, besides all that a model has."""
+    joints: tuple[Annotated[Columns, Constraint(min_length=2)], ...] | None = None
+    """Sets of properties scored together for every model that has them, besides all that a model has; null:
+    stellar mass and color."""
     levels: tuple[Level, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
     """Of the quantiles whose pinball loss is taken."""
     intervals: tuple[Level, ...] = (0.5, 0.9)
@@ -117,12 +119,14 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     Raises
     ------
     ValueError
-        for predictions that are not of the split's rows, not finite, labelled ``truth``, or of one label but
-        different properties, numbers of draws or kinds of model, and for a model given twice.
+        for predictions that are not finite, labelled ``truth``, or of one label but different properties,
+        numbers of draws or kinds of model; for a model given twice; and for ``joints`` that none predicts.
     galdist.grids.store.StoreError
-        for properties that the catalogue has not, and stores that cannot be read.
+        for properties that the catalogue has not, rows of the split that were not predicted, and stores that
+        cannot be read.
     """
     groups = _groups(inputs["predictions"])
+    _check_joints(config, groups)
     truth = _Truth.read(config, inputs["catalogs"], groups)
     n_predictions = sum(len(stores) for stores in groups.values())
     rng = np.random.default_rng(config.seed)
@@ -202,9 +206,28 @@ def _is_union(store: SamplesStore) -> bool:
     return len(store.checkpoints) > 1
 
 
+def _check_joints(config: ScoresConfig, groups: Mapping[str, list[SamplesStore]]) -> None:
+    """Refuse sets that would be scored of no model."""
+    targets = [set(stores[0].targets) for stores in groups.values()]
+    known = sorted(set().union(*targets))
+    for names in config.joints or ():
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"joints: no prediction has {name!r}{did_you_mean(name, known)} They have "
+                    f"{', '.join(known)}"
+                )
+        if not any(set(names) <= held for held in targets):
+            raise ValueError(
+                f"joints: no prediction has all of {', '.join(names)}: leave the set out, or name a model of "
+                "these properties"
+            )
+
+
 def _sets(config: ScoresConfig, store: SamplesStore) -> dict[str, Columns]:
     """Properties that are scored together: what the set is called -> its columns."""
-    sets = {"+".join(names): names for names in config.joints if set(names) <= set(store.targets)}
+    joints = (tracers.COLUMNS,) if config.joints is None else config.joints
+    sets = {"+".join(names): names for names in joints if set(names) <= set(store.targets)}
     if len(store.targets) > 1:
         sets["union" if _is_union(store) else "joint"] = store.targets
     return {**{name: (name,) for name in store.targets}, **sets}
@@ -297,36 +320,12 @@ class _Prediction:
 
     @classmethod
     def read(cls, store: SamplesStore, truth: _Truth) -> "_Prediction":
-        arrays: dict[str, list[NDArray[np.float32]]] = {"point": [], "samples": [], "quantiles": []}
-        names = [attrs.name for attrs in truth.centrals.simulations]
-        if strangers := sorted(set(store.names()) - set(names)):
-            raise ValueError(
-                f"{store.path} is of simulation {strangers[0]!r}, which the catalogue has not "
-                f"({', '.join(names)})"
-            )
-        for i in np.unique(truth.centrals.simulation):
-            rows = truth.centrals.row[truth.centrals.simulation == i]
-            if names[i] not in store.names():
-                raise ValueError(
-                    f"{store.path} has no rows of simulation {names[i]!r}: predict the whole split"
-                )
-            part = store.read(names[i])
-            order = np.argsort(part.row, kind="stable")
-            if not np.array_equal(part.row[order], rows):
-                shared = np.isin(rows, part.row).sum()
-                raise ValueError(
-                    f"{store.path} has {len(part)} rows of {names[i]}, and {shared} of the {len(rows)} that "
-                    "are scored: predictions are of exactly the rows of the split; make them with the same "
-                    "catalogue and the same `split`"
-                )
-            for name, parts in arrays.items():
-                values = getattr(part, name)
-                if values is not None:
-                    if not np.isfinite(values).all():
-                        raise ValueError(f"{store.path}: {name} of {names[i]} are not all finite")
-                    parts.append(values[order])
-        whole = {name: np.concatenate(parts) for name, parts in arrays.items() if parts}
-        return cls(store, whole["point"], whole["samples"], whole.get("quantiles"))
+        found = aligned(store, truth.centrals)
+        for name in ("point", "samples", "quantiles"):
+            values = getattr(found, name)
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(f"{store.path}: {name} are not all finite")
+        return cls(store, found.point, found.samples, found.quantiles)
 
     def places(self, columns: Columns) -> list[int]:
         """Where columns are in the last axis of its arrays."""

@@ -23,7 +23,7 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from pydantic import Field as Constraint
 from pydantic import PositiveFloat, PositiveInt, field_validator
 
-from galdist.catalogs.centrals import read_centrals
-from galdist.catalogs.samples import SamplesStore, open_samples
+from galdist.catalogs.centrals import Centrals, read_centrals
+from galdist.catalogs.samples import SamplesStore, aligned, open_samples
 from galdist.config import StrictModel
 from galdist.grids.store import SimulationAttrs, Split
 from galdist.statistics import require_nbodykit
@@ -49,14 +49,12 @@ from galdist.statistics.spectra import (
     plain,
     power,
 )
-from galdist.statistics.tracers import TRACERS, confusion, counts, describe, rates, tracer
+from galdist.statistics.tracers import COLUMNS, TRACERS, confusion, counts, describe, rates, tracer
 from hpc import durable, mpi, progress
 
 log = logging.getLogger(__name__)
 
 FILE = "tracers.json"
-COLUMNS = ("log_stellar_mass", "color_gi")
-"""What a tracer is told by."""
 _ROUNDING = 1e-9  # relative, of the centers of bins
 
 Array = NDArray[np.float64]
@@ -98,7 +96,7 @@ class TracersConfig(StrictModel):
 
 @dataclass(frozen=True)
 class _Prediction:
-    """Tracers that a model gave the halos of one simulation."""
+    """Tracers that a model gave halos."""
 
     label: str
     draws: NDArray[np.int8]
@@ -232,18 +230,18 @@ def load_tracers(step: str | Path) -> dict[str, Any]:
 def _boxes(config: TracersConfig, inputs: Mapping[str, list[Path]]) -> list[_Box]:
     centrals = read_centrals(inputs["catalogs"], ["position", *COLUMNS], config.split)
     stores = _stores(inputs["predictions"])
+    predictions = {step: _prediction(config, store, centrals) for step, store in stores.items()}
     boxes = []
     for index, attrs in enumerate(centrals.simulations):
         here = centrals.simulation == index
         if not here.any():
             continue
-        row = centrals.row[here]
         columns = {name: values[here] for name, values in centrals.columns.items()}
         box = _Box(
             attrs,
             np.asarray(columns["position"], float),
             tracer(*(columns[name] for name in COLUMNS)),
-            {step: _prediction(config, store, attrs.name, row) for step, store in stores.items()},
+            {step: replace(every, draws=every.draws[:, here]) for step, every in predictions.items()},
         )
         _check_bins(config, box)
         boxes.append(box)
@@ -279,24 +277,14 @@ def _stores(steps: Sequence[Path]) -> dict[str, SamplesStore]:
     return stores
 
 
-def _prediction(
-    config: TracersConfig, store: SamplesStore, simulation: str, row: NDArray[Any]
-) -> _Prediction:
-    """The prediction for the halos ``row`` of a simulation, in that order."""
-    samples = store.read(simulation)
+def _prediction(config: TracersConfig, store: SamplesStore, centrals: Centrals) -> _Prediction:
+    """The prediction for the halos of the split."""
     if store.n_samples < config.draws:
         raise ValueError(
             f"{store.path} has {store.n_samples} draws a halo, but `draws` asks for {config.draws}: lower "
             "it, or raise `samples` of the step that predicts"
         )
-    order = np.argsort(samples.row)
-    at = np.minimum(np.searchsorted(samples.row, row, sorter=order), len(order) - 1)
-    if missing := int(np.count_nonzero(samples.row[order[at]] != row)):
-        raise ValueError(
-            f"{store.path}: {missing} of the {len(row)} halos of the {config.split} split of {simulation} "
-            "were not predicted: predict this split, or name the predicted one"
-        )
-    values = samples.samples[order[at], : config.draws]
+    values = aligned(store, centrals, slice(config.draws)).samples
     mass, color = (values[:, :, store.targets.index(name)].T for name in COLUMNS)
     return _Prediction(store.label, tracer(mass, color))
 

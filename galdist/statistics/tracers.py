@@ -8,6 +8,8 @@ few to be tracers (Rodrigues et al. 2023, MNRAS 522, 3236).
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+COLUMNS = ("log_stellar_mass", "color_gi")
+"""What a tracer is told by."""
 MASS_EDGES = (9.5, 10.5)
 """Between bins of log10 stellar mass [Msun/h]; a bin includes its upper edge."""
 COLOR_EDGES = (0.80, 1.05)
