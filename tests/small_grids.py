@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,17 +14,30 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from moments import Moment
 
 from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store
 from hpc import durable, progress
+from hpc.ranks import free_port
 
 SPLITS = ("train", "train", "validation", "test")
 
 
 def make_grids(step: Path, n_mesh: int = 16, splits: Sequence[str] = SPLITS, seed: int = 0) -> GridStore:
-    """A step folder with lognormal matter counts and galaxies: Poisson, their mean the density squared."""
+    """A step folder with lognormal matter counts and galaxies: Poisson, their mean the density squared.
+
+    The parameters of the simulations do nothing: Omega_m grows by 0.1 from 0.2 on, h is the same in all.
+    """
     simulations = [
-        SimulationAttrs(name=f"box_{n}", box_size=25.0, redshift=0.0, suite="lognormal", split=split)
+        SimulationAttrs(
+            name=f"box_{n}",
+            box_size=25.0,
+            redshift=0.0,
+            suite="lognormal",
+            split=split,
+            cosmology={"Omega_m": 0.2 + 0.1 * n, "h": 0.6711},
+            astrophysics={"A_SN1": 2.0**n},
+        )
         for n, split in enumerate(splits)
     ]
     fields = [Field(name="matter_counts"), Field(name="galaxy_counts"), Field(name="momentum", components=3)]
@@ -51,14 +63,6 @@ CLASSIFIER: dict[str, Any] = {
     "seed": 3,
 }
 """A training that takes a second."""
-
-
-def free_port() -> int:
-    """A port of the loopback address that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -98,6 +102,7 @@ def filled(disk: Path) -> Iterator[None]:
 _RANK = """
 import importlib, logging, os, sys
 from pathlib import Path
+import moments
 from hpc import durable
 logging.basicConfig(level=logging.INFO)
 spec = durable.read_json(sys.argv[1])
@@ -105,6 +110,7 @@ for module in sys.argv[2:]:
     importlib.import_module(module)
 from {module} import {function} as stage, {config} as Config
 inputs = {{role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}}
+moments.arm(Path(spec["out"]))
 try:
     stage(Config(**spec["config"]), inputs, Path(spec["out"]))
 except SystemExit as stop:
@@ -123,8 +129,9 @@ class Ranks:
         out: Path,
         n_ranks: int = 1,
         modules: Sequence[str] = (),
+        at: Moment | None = None,
     ) -> None:
-        """``modules`` of the tests are imported first."""
+        """``modules`` of the tests are imported first; ``at``: when which of them gets a signal."""
         out.mkdir(parents=True, exist_ok=True)
         spec = out.parent / f"{out.name}-spec.json"
         steps = {role: [str(step) for step in folders] for role, folders in inputs.items()}
@@ -146,6 +153,7 @@ class Ranks:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 progress.VARIABLE: str(self.progress),
+                **(at.environment() if at else {}),
             }
             with open(self.log, "ab") as log:
                 self.processes.append(
@@ -183,12 +191,10 @@ class Ranks:
             assert all(process.poll() is None for process in self.processes), self.log.read_text()
             time.sleep(0.002)
 
-    def signal_when(
-        self, path: Path, pattern: str, number: int, signum: signal.Signals, rank: int = 0
-    ) -> None:
-        """Send a signal to a rank as soon as ``number`` files match."""
-        self.when(lambda: len(list(path.glob(pattern))) >= number)
-        self.processes[rank].send_signal(signum)
+    def wait_until_stopped(self) -> None:
+        """Wait for the first rank to be stopped by `moments.stopped_at`."""
+        first = psutil.Process(self.processes[0].pid)
+        self.when(lambda: first.status() == psutil.STATUS_STOPPED)
 
     def has_workers(self) -> bool:
         """Whether the first rank's data workers have begun to start."""

@@ -250,6 +250,27 @@ def test_a_batch_that_fails_says_so(grids: Path, tmp_path: Path) -> None:
             batches.take()
 
 
+def test_batches_carry_the_parameters_of_their_simulations(grids: Path, tmp_path: Path) -> None:
+    names = ("A_SN1", "Omega_m", "redshift")
+    config = CropsConfig(crop=8, crops_per_box=4, workers=0, tile=8, halo=0)
+    data = GridData(config, [grids], ("matter_counts",), tmp_path / "cache", parameters=names)
+    of_box = torch.tensor([[1, 0.2, 0], [2, 0.3, 0], [4, 0.4, 0]])
+    batches, order = data.batches(ALONE, 4, 1, seed=2), data.sampler(ALONE, 4, 1, seed=2)
+    batches.start_at(0, 0)
+    for indices in order:
+        while not batches.wait(0.01):
+            continue
+        (batch,) = batches.take()
+        assert batch["parameters"].dtype == torch.float32
+        torch.testing.assert_close(batch["parameters"], of_box[[index.box for index in indices]])
+    for tile in data.validation_batches(ALONE):
+        assert tile is not None
+        torch.testing.assert_close(tile["parameters"], of_box[2:])
+    assert [value.tolist() for value in data.training_fields("A_SN1")] == [[1], [2]]
+    with pytest.raises(StoreError, match=r"box_0: parameter 'A_SN3'.*did you mean 'A_SN1'"):
+        GridData(config, [grids], ("matter_counts",), tmp_path / "cache", parameters=("A_SN3",))
+
+
 def test_ranks_may_change_within_an_epoch() -> None:
     """4 ranks, then 2, then 1: every sample of the epoch once, in the step it has on one rank."""
 

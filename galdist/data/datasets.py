@@ -4,8 +4,9 @@ What a sample is depends on ``(seed, epoch, index)`` alone, never on the rank or
 number of ranks trains on the same batches, and a resumed run sees what it would have seen.
 
 A batch is a dict: one float32 tensor ``(batch, component, z, y, x)`` a field, in the field's own units;
-``halo``, the number of voxels at each face that are context only (no loss, no prediction); and ``periodic``,
-whether the batch holds whole boxes, whose opposite faces touch.
+``halo``, the number of voxels at each face that are context only (no loss, no prediction); ``periodic``,
+whether the batch holds whole boxes, whose opposite faces touch; and, for models that are conditioned on
+parameters of the simulation, ``parameters``, float32 ``(batch, parameter)``.
 """
 
 import contextlib
@@ -34,9 +35,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from galdist.config import StrictModel
 from galdist.data import Batch, share, steps_to_read
 from galdist.data.transforms import N_SYMMETRIES, cube_symmetry
-from galdist.grids.store import SimulationGrids, Split, open_store
+from galdist.grids.store import SimulationGrids, Split, StoreError, open_store, unknown_name
 from galdist.models import GridObjective, Objective
 from hpc import ddp, durable
+
+PARAMETERS = "parameters"
+"""What a batch calls the parameters of its simulations."""
 
 
 class Mesh(Protocol):
@@ -93,7 +97,15 @@ class CropsConfig(StrictModel):
         """
         assert isinstance(objective, GridObjective)
         steps = steps_to_read("grids", inputs, objective.config.name)
-        return GridData(self, steps, objective.fields, scratch, objective.alignment, objective.reach)
+        return GridData(
+            self,
+            steps,
+            objective.fields,
+            scratch,
+            objective.alignment,
+            objective.reach,
+            objective.simulation_parameters,
+        )
 
 
 class Box(NamedTuple):
@@ -110,6 +122,23 @@ def find_boxes(steps: Sequence[Path], split: Split) -> list[Box]:
     """The simulations of ``split`` in the grid stores of step folders, in the order of steps and stores."""
     stores = [step / "grids.zarr" for step in steps]
     return [Box(str(store), name) for store in stores for name in open_store(store).names(split)]
+
+
+def read_parameters(box: Box, names: Sequence[str]) -> NDArray[np.float32]:
+    """Parameters (p,) of a simulation: of its cosmology or astrophysics, or its ``redshift``.
+
+    Raises
+    ------
+    galdist.grids.store.StoreError
+        where its store does not know one; the message names those that it knows.
+    """
+    attrs = box.open().attrs
+    known = {"redshift": attrs.redshift} | attrs.cosmology | attrs.astrophysics
+    for name in names:
+        if name not in known:
+            what = f"{box.store}: simulation {box.name}: parameter"
+            raise StoreError(unknown_name(what, name, list(known)))
+    return np.array([known[name] for name in names], np.float32)
 
 
 def periodic_crop(mesh: Mesh, origin: Sequence[int], shape: Sequence[int]) -> NDArray[np.float32]:
@@ -162,13 +191,16 @@ class Tile:
         z, y, x = (slice(start, start + size) for start, size in zip(self.origin, self.shape, strict=True))
         return z, y, x
 
-    def batch(self, fields: Mapping[str, Mesh]) -> Batch:
-        """The block of every field with its halo, as a batch of one."""
+    def batch(self, fields: Mapping[str, Mesh], parameters: NDArray[np.float32] | None = None) -> Batch:
+        """The block of every field with its halo, as a batch of one; with the simulation's ``parameters``
+        (p,), where there are any."""
         origin = [start - self.halo for start in self.origin]
         shape = [size + 2 * self.halo for size in self.shape]
         batch: Batch = {"halo": self.halo, "periodic": self.periodic}
         for field, mesh in fields.items():
             batch[field] = torch.from_numpy(periodic_crop(mesh, origin, shape))[None]
+        if parameters is not None and len(parameters):
+            batch[PARAMETERS] = torch.from_numpy(parameters)[None]
         return batch
 
 
@@ -274,14 +306,26 @@ class CropIndex(NamedTuple):
 
 
 class CropDataset(Dataset[dict[str, NDArray[np.float32]]]):
-    """Random crops, by `CropIndex`: origin and symmetry are drawn from ``(seed, epoch, sample)``."""
+    """Random crops, by `CropIndex`: origin and symmetry are drawn from ``(seed, epoch, sample)``.
 
-    def __init__(self, cache: BoxCache, fields: Sequence[str], crop: int, n_mesh: int, seed: int) -> None:
+    ``parameters`` are those of each box of the cache, (p,); none by default.
+    """
+
+    def __init__(
+        self,
+        cache: BoxCache,
+        fields: Sequence[str],
+        crop: int,
+        n_mesh: int,
+        seed: int,
+        parameters: Sequence[NDArray[np.float32]] = (),
+    ) -> None:
         self.cache = cache
         self.fields = list(fields)
         self.crop = crop
         self.n_mesh = n_mesh
         self.seed = seed
+        self.parameters = list(parameters)
 
     def __getitem__(self, index: CropIndex) -> dict[str, NDArray[np.float32]]:
         random = np.random.default_rng([self.seed, index.epoch, index.sample])
@@ -292,6 +336,8 @@ class CropDataset(Dataset[dict[str, NDArray[np.float32]]]):
             values = self.cache.load(index.box, field)
             crop = periodic_crop(values, origin, (self.crop,) * 3)
             sample[field] = cube_symmetry(crop, symmetry)
+        if self.parameters:
+            sample[PARAMETERS] = self.parameters[index.box]
         return sample
 
 
@@ -462,14 +508,14 @@ class GridData:
         the fields that the model reads.
     cache_folder
         where decoded boxes are kept while training.
-    alignment, reach
-        of the network: see `galdist.models.GridObjective`.
+    alignment, reach, parameters
+        of the model: see `galdist.models.GridObjective`.
 
     Raises
     ------
     ValueError
-        where there are no training or validation boxes, meshes differ, a field is missing, or the crop does
-        not fit mesh or network.
+        where there are no training or validation boxes, meshes differ, a field or a parameter is missing, or
+        the crop does not fit mesh or network.
     """
 
     def __init__(
@@ -480,9 +526,11 @@ class GridData:
         cache_folder: Path,
         alignment: int = 1,
         reach: int = 0,
+        parameters: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.fields = tuple(fields)
+        self.parameters = tuple(parameters)
         self.training = find_boxes(steps, "train")
         self.validation = find_boxes(steps, "validation")
         where = ", ".join(str(step / "grids.zarr") for step in steps)
@@ -508,6 +556,8 @@ class GridData:
         for simulation in grids:
             for field in self.fields:
                 simulation.array(field)
+        for box in (*self.training, *self.validation):
+            read_parameters(box, self.parameters)
         if config.crop > self.n_mesh:
             raise ValueError(
                 f"data.crop is {config.crop}, larger than the mesh of {self.n_mesh} cells ({where})"
@@ -571,7 +621,14 @@ class GridData:
             else {}
         )
         loader: DataLoader[Batch] = DataLoader(
-            CropDataset(self.cache, self.fields, self.config.crop, self.n_mesh, seed),
+            CropDataset(
+                self.cache,
+                self.fields,
+                self.config.crop,
+                self.n_mesh,
+                seed,
+                [read_parameters(box, self.parameters) for box in self.training] if self.parameters else (),
+            ),
             batch_sampler=sampler,
             collate_fn=_Collate(self.config.margin, self.periodic),
             num_workers=workers,
@@ -584,9 +641,9 @@ class GridData:
         return TrainingBatches(loader, sampler)
 
     def training_fields(self, field: str) -> Iterator[NDArray[Any]]:
-        """``field`` of every training box, one at a time."""
+        """``field`` of every training box, one at a time; of one of the parameters the value, (1,)."""
         for box in self.training:
-            yield box.open().read(field)
+            yield read_parameters(box, [field]) if field in self.parameters else box.open().read(field)
 
     def validation_batches(self, group: ddp.Group, done: int = 0) -> Iterator[Batch | None]:
         """The validation boxes in rounds: a tile for each rank, None for those that the last round leaves
@@ -597,6 +654,7 @@ class GridData:
         blocks = self._tiles
         held: int | None = None
         whole: dict[str, Mesh] = {}
+        parameters = np.empty(0, np.float32)
         n_tiles = len(self.validation) * len(blocks)
         for first in range(done, n_tiles, group.world_size):
             box, tile = divmod(first + group.rank, len(blocks))
@@ -606,8 +664,9 @@ class GridData:
             if box != held:
                 grids = self.validation[box].open()
                 whole = {field: grids.read(field) for field in self.fields}
+                parameters = read_parameters(self.validation[box], self.parameters)
                 held = box
-            yield blocks[tile].batch(whole)
+            yield blocks[tile].batch(whole, parameters)
 
     def close(self) -> None:
         """Training is done: remove the decoded boxes."""

@@ -30,6 +30,7 @@ MODELS: dict[str, str] = {
     "src": "galdist.models.quantiles:SumOfQuantiles",
     "sqr": "galdist.models.quantiles:SimultaneousQuantiles",
     "autoregressive-sqr": "galdist.models.quantiles:AutoregressiveQuantiles",
+    "graph-sqr": "galdist.models.graphs:GraphQuantiles",
     "nn-gauss": "galdist.models.densities:GaussRegressor",
     "flow": "galdist.models.densities:Flow",
 }
@@ -89,10 +90,16 @@ class Objective(nn.Module, abc.ABC):
 class GridObjective(Objective):
     """A model of fields on meshes.
 
-    Batches are those of `galdist.data.datasets`: fields, the `halo` that is context only, and `periodic`.
-    Losses and metrics count the voxels inside the halo, predictions cover them.
+    Batches are those of `galdist.data.datasets`: fields, the `halo` that is context only, `periodic`, and
+    `parameters` where the model has any. Losses and metrics count the voxels inside the halo, predictions
+    cover them.
     """
 
+    simulation_parameters: tuple[str, ...] = ()
+    """Parameters of a simulation that it is conditioned on, in the order of ``batch["parameters"]`` (b, p):
+    names of its cosmology or astrophysics, or `redshift`. Like fields they come in units of their own
+    (`galdist.models.conditioning` standardizes them), and `prepare` is given those of the training
+    simulations by name."""
     outputs: tuple[Field, ...]
     """Fields that `predict` gives."""
     reach: int

@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from galdist.config import StrictModel
-from galdist.data.datasets import Box, Tile, find_boxes, tiles, to_device
+from galdist.data.datasets import Box, Tile, find_boxes, read_parameters, tiles, to_device
 from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_store, open_store
 from galdist.models import GridObjective
 from galdist.statistics.metrics import metric_row, save_metrics
@@ -140,7 +140,10 @@ class _Prediction:
         objective = self.objective
         grids = box.open()
         n_mesh = grids.n_mesh
-        fields = objective.fields if self.truth else objective.inputs
+        meshes = {
+            field: grids.array(field) for field in (objective.fields if self.truth else objective.inputs)
+        }
+        parameters = read_parameters(box, objective.simulation_parameters)
         thickness = slab[0].shape[0]
         planes = {
             field.name: np.empty((field.components, thickness, n_mesh, n_mesh), np.float32)
@@ -149,7 +152,7 @@ class _Prediction:
         sums: dict[str, Tensor] = {}
         for tile in slab:
             yield
-            batch = to_device(tile.batch({field: grids.array(field) for field in fields}), self.device)
+            batch = to_device(tile.batch(meshes, parameters), self.device)
             bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
             with torch.no_grad(), bf16:
                 new, predicted = objective.evaluate(batch) if self.truth else ({}, objective.predict(batch))
@@ -199,12 +202,13 @@ def _boxes(steps: Sequence[Path], split: Split) -> list[Box]:
 
 
 def _n_mesh(boxes: Sequence[Box], objective: GridObjective) -> int:
-    """The mesh of all boxes; every input of the model is looked for in each."""
+    """The mesh of all boxes; every input and parameter of the model is looked for in each."""
     meshes = {}
     for box in boxes:
         grids = box.open()
         for field in objective.inputs:
             grids.array(field)
+        read_parameters(box, objective.simulation_parameters)
         meshes[grids.n_mesh] = box.name
     if len(meshes) > 1:
         raise ValueError(f"meshes differ ({meshes}); predict stores of one n_mesh")
