@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store
-from galdist.statistics.hod import fit
 from galdist.statistics.metrics import Confusion, metric_row, save_metrics
+from galdist.statistics.occupation import fit_power_law
 from hpc import durable
 
 BOX_SIZE, N_MESH = 25.0, 32
@@ -155,7 +155,7 @@ def measure_spectra(run: Path, predictions: list[str]) -> None:
 def _occupation(folder: Path, rng: np.random.Generator) -> None:
     mass = np.sort(3e11 * (1 + rng.pareto(1.0, 2000)))
     number = rng.poisson(np.where(mass > 5e11, (mass / 2e12) ** 0.9, 0))
-    fitted = fit(mass, number)
+    fitted = fit_power_law(mass, number)
     groups = [np.array(group) for group in np.array_split(np.arange(2000), 12)]
     bins = {
         "mass": [mass[group].mean() for group in groups],

@@ -14,18 +14,17 @@ from galdist.grids.store import Field, SimulationAttrs, create_store, open_store
 from galdist.statistics.hod import (
     Halos,
     HodConfig,
-    Occupation,
     concentration,
     expected_points,
-    fit,
     hod,
     nfw_radius,
     paint,
 )
 from galdist.statistics.metrics import load_metrics
+from galdist.statistics.occupation import PowerLaw, fit_power_law
 from hpc import durable
 
-TRUTH = Occupation(M_min=3e11, M_1=2e12, alpha=0.9)
+TRUTH = PowerLaw(M_min=3e11, M_1=2e12, alpha=0.9)
 
 
 def halo_masses(n, seed=0):
@@ -48,7 +47,7 @@ def test_parameters_are_recovered_within_their_errors():
     for seed in range(40):
         mass = halo_masses(8000, seed)
         number = np.random.default_rng(seed + 100).poisson(TRUTH.mean(mass))
-        found = fit(mass, number)
+        found = fit_power_law(mass, number)
         pulls.append(
             [(found.M_1 - TRUTH.M_1) / found.M_1_error, (found.alpha - TRUTH.alpha) / found.alpha_error]
         )
@@ -63,7 +62,7 @@ def test_parameters_are_recovered_within_their_errors():
 def test_fit_is_the_maximum_of_the_likelihood():
     mass = halo_masses(3000, 5)
     number = np.random.default_rng(6).poisson(TRUTH.mean(mass))
-    found = fit(mass, number, outliers=0.0)
+    found = fit_power_law(mass, number, outliers=0.0)
 
     def log_likelihood(occupation):
         mean = occupation.mean(mass)
@@ -74,11 +73,11 @@ def test_fit_is_the_maximum_of_the_likelihood():
     best = log_likelihood(found)
     assert found.log_likelihood == pytest.approx(best, rel=1e-10)
     for factor in (0.99, 1.01):
-        assert log_likelihood(Occupation(found.M_min * factor, found.M_1, found.alpha)) < best
-        assert log_likelihood(Occupation(found.M_min, found.M_1 * factor, found.alpha)) < best
-        assert log_likelihood(Occupation(found.M_min, found.M_1, found.alpha * factor)) < best
+        assert log_likelihood(PowerLaw(found.M_min * factor, found.M_1, found.alpha)) < best
+        assert log_likelihood(PowerLaw(found.M_min, found.M_1 * factor, found.alpha)) < best
+        assert log_likelihood(PowerLaw(found.M_min, found.M_1, found.alpha * factor)) < best
     # A step of one error in one parameter, the other refitted, costs one half: check M_1 with alpha's Fisher.
-    step = Occupation(found.M_min, found.M_1, found.alpha + found.alpha_error)
+    step = PowerLaw(found.M_min, found.M_1, found.alpha + found.alpha_error)
     assert best - log_likelihood(step) >= 0.45
 
 
@@ -87,7 +86,7 @@ def test_halos_of_equal_mass_are_on_one_side():
     rng = np.random.default_rng(2)
     mass = np.round(halo_masses(5000, 2) / 2e10) * 2e10
     number = rng.poisson(TRUTH.mean(mass))
-    found = fit(mass, number)
+    found = fit_power_law(mass, number)
     assert found.M_min == pytest.approx(3e11)
     assert number[mass < found.M_min].sum() == 0
 
@@ -95,9 +94,9 @@ def test_halos_of_equal_mass_are_on_one_side():
 def test_a_few_galaxies_in_tiny_halos_do_not_move_the_fit():
     mass = halo_masses(8000, 3)
     number = np.random.default_rng(4).poisson(TRUTH.mean(mass))
-    clean = fit(mass, number)
+    clean = fit_power_law(mass, number)
     number[np.argsort(mass)[:3]] = 1
-    robust, literal = fit(mass, number), fit(mass, number, outliers=0.0)
+    robust, literal = fit_power_law(mass, number), fit_power_law(mass, number, outliers=0.0)
     assert robust.M_min == clean.M_min
     assert robust.alpha == pytest.approx(clean.alpha)
     assert robust.outlier_fraction == pytest.approx(3 / number.sum())
@@ -108,17 +107,17 @@ def test_the_number_of_galaxies_is_kept():
     """The likelihood's derivative by M_1 vanishes where the expected number is the observed one."""
     mass = halo_masses(5000, 8)
     number = np.random.default_rng(9).poisson(TRUTH.mean(mass))
-    assert fit(mass, number, outliers=0.0).mean(mass).sum() == pytest.approx(number.sum(), rel=1e-9)
+    assert fit_power_law(mass, number, outliers=0.0).mean(mass).sum() == pytest.approx(number.sum(), rel=1e-9)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.floats(0.5, 1.5), st.floats(11.0, 12.0), st.floats(11.8, 13.0), st.integers(0, 1000))
 def test_fit_does_not_depend_on_the_unit_or_order_of_masses(alpha, log_m_min, log_m_1, seed):
     mass = halo_masses(2000, seed)
-    number = np.random.default_rng(seed).poisson(Occupation(10**log_m_min, 10**log_m_1, alpha).mean(mass))
+    number = np.random.default_rng(seed).poisson(PowerLaw(10**log_m_min, 10**log_m_1, alpha).mean(mass))
     if np.count_nonzero(number) < 10:
         return
-    first, second = fit(mass, number), fit(mass[::-1] * 1e-10, number[::-1])
+    first, second = fit_power_law(mass, number), fit_power_law(mass[::-1] * 1e-10, number[::-1])
     assert second.M_min * 1e10 == pytest.approx(first.M_min)
     assert pytest.approx(first.M_1, rel=1e-6) == second.M_1 * 1e10
     assert second.alpha == pytest.approx(first.alpha, rel=1e-6)
@@ -225,17 +224,17 @@ def test_expected_counts_are_the_mean_of_realizations():
 
 def test_hopeless_catalogs_are_refused():
     with pytest.raises(ValueError, match="no halo with a mass"):
-        fit([], [])
+        fit_power_law([], [])
     with pytest.raises(ValueError, match="no halo with a mass"):
-        fit([0.0, 0.0], [0, 0])
+        fit_power_law([0.0, 0.0], [0, 0])
     with pytest.raises(ValueError, match="do not determine M_min"):
-        fit([1e12, 1e13], [0, 0])
+        fit_power_law([1e12, 1e13], [0, 0])
     with pytest.raises(ValueError, match="do not determine M_min"):
-        fit([1e12, 1e13], [0, 30])
+        fit_power_law([1e12, 1e13], [0, 30])
     with pytest.raises(ValueError, match="without a mass"):
-        fit([0.0, 1e12, 1e13], [10, 10, 30])
+        fit_power_law([0.0, 1e12, 1e13], [10, 10, 30])
     with pytest.raises(ValueError, match="two columns"):
-        fit([1e12], [1, 2])
+        fit_power_law([1e12], [1, 2])
 
 
 # The stage

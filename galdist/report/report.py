@@ -445,9 +445,10 @@ def _occupation(artist: Artist, steps: Sequence[Step]) -> list[Block]:
             continue
         fitted = durable.read_json(step.path / "hod.json")
         bins = {key: np.array(values, float) for key, values in fitted["occupation"].items()}
-        parameters = (
-            f"M_min = {fitted['M_min']:.3g} Msun/h, M_1 = {fitted['M_1']:.3g} Msun/h, "
-            f"alpha = {fitted['alpha']:.3g}"
+        parameters = ", ".join(
+            f"{name} = {fitted[name]:.3g}" + " Msun/h" * (name[0] == "M")
+            for name in ("M_min", "sigma_logM", "M_0", "M_1", "alpha", "A_cen", "A_sat")
+            if fitted.get(name)
         )
         panel = Panel(
             partial(_draw_occupation, bins, fitted["M_min"]),
@@ -457,7 +458,7 @@ def _occupation(artist: Artist, steps: Sequence[Step]) -> list[Block]:
         caption = (
             f"Mean number of galaxies in the {fitted['n_halos']} halos of {n_boxes} training "
             f"{'box' if n_boxes == 1 else 'boxes'} by mass ({fitted['mass']}), and "
-            f"the fitted (M/M_1)^alpha above M_min (dotted): {parameters}. Bars: error of the mean."
+            f"of the fit (dotted: M_min): {parameters}. Bars: error of the mean."
         )
         blocks.append(artist.block(f"occupation-{step.name}", step.name, caption, [panel], [step]))
     return blocks

@@ -1,12 +1,7 @@
-"""Halo occupation: how many galaxies a halo of mass M holds, fitted and painted.
+"""Galaxies painted into halos by a fitted occupation (`galdist.statistics.occupation`).
 
-The model has three parameters (Berlind & Weinberg 2002): no galaxy in halos below M_min, and above it a
-Poisson number with mean::
-
-    lambda(M) = (M / M_1)^alpha
-
-It knows the mass of a halo alone, so it is the baseline that a prediction from the whole density field is
-compared with.
+An occupation knows the mass of a halo, and at most a second property of it: it is the baseline that a
+prediction from the whole density field is compared with.
 """
 
 import logging
@@ -20,15 +15,25 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field as Constraint
-from scipy.special import gammaln, lambertw
+from scipy.special import lambertw
 from scipy.stats import qmc
 
 from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
+from galdist.catalogs.environment import overdensity
 from galdist.config import StrictModel
 from galdist.constants import CRITICAL_DENSITY
 from galdist.grids.mass_assignment import Scheme, assign
 from galdist.grids.store import Chunking, SimulationGrids, Split, create_store, open_store
 from galdist.statistics.metrics import metric_row, save_metrics
+from galdist.statistics.occupation import (
+    Flags,
+    Occupation,
+    PowerLaw,
+    Zheng,
+    fit_power_law,
+    fit_zheng,
+    upper_half,
+)
 from hpc import durable, progress
 
 log = logging.getLogger(__name__)
@@ -36,167 +41,6 @@ log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 
 _POINTS_AT_ONCE = 1_000_000  # of the mean field: bounds its memory
-_ONE_SIGMA = 0.683
-_SAME_MASS = 1e-5
-
-
-@dataclass(frozen=True)
-class Occupation:
-    """A fitted halo occupation, with errors of one standard deviation. Masses in Msun/h.
-
-    M_min's likelihood is no parabola but a staircase that steps at every halo and ends at the lightest
-    occupied one. The drop of the log-likelihood from its maximum to the true M_min is exponentially
-    distributed with mean 1, so M_min_low to M_min_high, where the drop is below 1.15, holds the truth with a
-    probability of 68%; its error is the longer side.
-    """
-
-    M_min: float
-    M_1: float
-    alpha: float
-    M_min_error: float = 0.0
-    M_1_error: float = 0.0
-    alpha_error: float = 0.0
-    M_min_low: float = 0.0
-    M_min_high: float = 0.0
-    log_likelihood: float = 0.0
-    n_halos: int = 0
-    """Halos that were fitted."""
-    n_galaxies: int = 0
-    """Galaxies in them."""
-    outlier_fraction: float = 0.0
-    """Fraction of those galaxies in halos below M_min."""
-
-    def mean(self, mass: ArrayLike) -> Array:
-        """Mean number of galaxies in halos of ``mass`` [Msun/h]."""
-        mass = np.asarray(mass, float)
-        return np.where(mass >= self.M_min, (mass / self.M_1) ** self.alpha, 0.0)
-
-
-def fit(mass: ArrayLike, n_galaxies: ArrayLike, outliers: float = 0.01) -> Occupation:
-    """Maximum-likelihood occupation of halos with ``mass`` [Msun/h] that hold ``n_galaxies``, both (n,).
-
-    Taken literally the model makes M_min the mass of the least occupied halo, so that one galaxy in a
-    stripped or unresolved group decides it. So up to a fraction ``outliers`` of the galaxies may be in halos
-    below M_min, with a Poisson rate there that is fitted too; it is no part of the model. With ``outliers=0``
-    the likelihood is the literal one.
-
-    For a given M_min the log-likelihood is concave in ln lambda's two coefficients (Newton steps; errors
-    from the Fisher matrix); for given coefficients it is known for every M_min at once. The two are solved
-    in turn.
-
-    Raises
-    ------
-    ValueError
-        for catalogs without halos, with too few galaxies (10) or with galaxies in halos of one mass only.
-    """
-    mass, number = np.asarray(mass, float), np.asarray(n_galaxies, float)
-    if mass.shape != number.shape or mass.ndim != 1:
-        raise ValueError(
-            f"masses and numbers of galaxies are two columns, not {mass.shape} and {number.shape}"
-        )
-    if not np.all(np.isfinite(mass)) or not np.all(number >= 0):
-        raise ValueError("halo masses must be finite and numbers of galaxies not negative")
-    n_total = number.sum()
-    allowed = outliers * n_total
-    without_mass = number[mass <= 0].sum()  # groups in which no sphere reaches the overdensity
-    mass, number = mass[mass > 0], number[mass > 0]
-    if mass.size == 0:
-        raise ValueError("the catalog has no halo with a mass, so no occupation can be fitted")
-    if without_mass > allowed:
-        raise ValueError(
-            f"{without_mass:.0f} of {n_total:.0f} galaxies are in halos without a mass, more than the "
-            f"fraction of {outliers:g} that may be outliers; fit another mass"
-        )
-    if number.sum() < 10 or np.ptp(mass[number > 0]) == 0:
-        raise ValueError(
-            f"{number.sum():.0f} galaxies in {np.count_nonzero(number)} halos do not determine M_min, M_1 "
-            "and alpha; lower the stellar mass above which galaxies count, or use more or larger boxes"
-        )
-    order = np.argsort(mass)
-    mass, number = mass[order], number[order]
-    x_pivot = float(np.average(np.log(mass), weights=number))
-    x = np.log(mass) - x_pivot
-
-    # M_min can be the mass of any halo that leaves no more than the allowed outliers in less massive ones.
-    # Masses that differ by rounding are one mass: halos of as many particles each.
-    steps = np.flatnonzero(np.diff(x, prepend=-np.inf) > _SAME_MASS)
-    below = np.cumsum(number) - number + without_mass
-    steps = steps[below[steps] <= allowed]
-    occupied = np.flatnonzero((number > 0) & (below <= allowed))
-    starts = occupied[np.linspace(0, occupied.size - 1, 5).astype(int)]
-    starts = steps[np.searchsorted(steps, starts, side="right") - 1]
-    value = -math.inf
-    for start in np.unique(starts):  # the staircase has local maxima
-        here = start
-        for _ in range(100):
-            fitted = _poisson_regression(x[here:], number[here:])
-            scan = _scan(x, number, fitted, steps)
-            better = steps[np.argmax(scan)]
-            if scan.max() <= scan[steps == here][0]:
-                break
-            here = better
-        if scan.max() > value:
-            value, first, coefficients, likelihoods = float(scan.max()), int(here), fitted, scan
-    a, alpha = coefficients
-
-    rate = np.exp(a + alpha * x[first:])
-    fisher = np.array([[rate.sum(), rate @ x[first:]], [rate @ x[first:], rate @ x[first:] ** 2]])
-    covariance = np.linalg.inv(fisher)
-    gradient = np.array([-1 / alpha, a / alpha**2])  # of ln M_1 = -a / alpha in (a, alpha)
-    m_1 = math.exp(x_pivot - a / alpha)
-
-    if first == 0:
-        log.warning("M_min is the mass of the lightest halo: the catalogs end before the galaxies do")
-    likely = steps[likelihoods >= value + math.log(1 - _ONE_SIGMA)]
-    low, high = mass[max(likely.min() - 1, 0)], mass[likely.max()]  # between halos the staircase is flat
-    return Occupation(
-        M_min=float(mass[first]),
-        M_1=m_1,
-        alpha=float(alpha),
-        M_min_error=float(max(mass[first] - low, high - mass[first])),
-        M_1_error=m_1 * math.sqrt(gradient @ covariance @ gradient),
-        alpha_error=math.sqrt(covariance[1, 1]),
-        M_min_low=float(low),
-        M_min_high=float(high),
-        log_likelihood=value,
-        n_halos=mass.size,
-        n_galaxies=int(n_total),
-        outlier_fraction=float(below[first] / n_total),
-    )
-
-
-def _poisson_regression(x: Array, number: Array) -> Array:
-    """Coefficients (a, b) that maximize the Poisson likelihood of ``number`` with mean exp(a + b x)."""
-    coefficients = np.array([math.log(number.mean()), 0.0])
-    design = np.stack([np.ones_like(x), x])
-
-    def log_likelihood(c: Array) -> float:
-        with np.errstate(over="ignore"):
-            return float(number @ (c @ design) - np.exp(c @ design).sum())
-
-    value = log_likelihood(coefficients)
-    for _ in range(100):
-        rate = np.exp(coefficients @ design)
-        step = np.linalg.solve((design * rate) @ design.T, design @ (number - rate))
-        while not (new := log_likelihood(coefficients + step)) >= value - 1e-12 * abs(value):
-            step /= 2
-        coefficients = coefficients + step
-        if np.abs(step).max() < 1e-12:
-            break
-        value = new
-    return coefficients
-
-
-def _scan(x: Array, number: Array, coefficients: Array, first: NDArray[np.intp]) -> Array:
-    """Log-likelihood with M_min at the mass of each halo ``first`` of halos sorted by mass."""
-    log_rate = coefficients[0] + coefficients[1] * x
-    terms = number * log_rate - np.exp(log_rate)
-    above = np.cumsum(terms[::-1])[::-1][first]
-    halos, galaxies = first.astype(float), (np.cumsum(number) - number)[first]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        outliers = np.where(galaxies > 0, galaxies * np.log(galaxies / halos) - galaxies, 0.0)
-    value: Array = above + outliers - gammaln(number + 1).sum()
-    return value
 
 
 _DUFFY_2008 = {"200c": (5.71, -0.084, -0.47), "200m": (10.14, -0.081, -1.01)}
@@ -238,6 +82,8 @@ class Halos:
     position: Array
     """(n, 3) in [0, box_size) [Mpc/h]."""
     box_size: float
+    upper: Flags | None = None
+    """(n,) in the upper half of the occupation's second property, where it knows one."""
 
     def place(self, halo: NDArray[np.intp], u: Array) -> Array:
         """Points of NFW profiles, (n, 3) in [0, box_size): one in each ``halo`` for uniform ``u`` (n, 3).
@@ -260,16 +106,17 @@ class Halos:
 def paint(occupation: Occupation, halos: Halos, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Galaxies of one realization.
 
-    The number in each halo is Poisson; the first is at the center, the others follow the halo's NFW profile.
+    A central galaxy is at the center of its halo; satellites follow the halo's NFW profile.
 
     Returns
     -------
     ``position`` (n, 3) [Mpc/h] in [0, box_size), ``halo`` (n,) row of the halo, ``is_central`` (n,); by halo.
     """
-    number = rng.poisson(occupation.mean(halos.mass))
-    halo = np.repeat(np.arange(number.size), number)
+    has_central, satellites = occupation.draw(halos.mass, halos.upper, rng)
+    halo = np.repeat(np.arange(satellites.size), satellites + has_central)
     is_central = np.ones(halo.size, bool)
     is_central[1:] = halo[1:] != halo[:-1]
+    is_central &= has_central[halo]
     position = halos.wrap(halos.position[halo])
     position[~is_central] = halos.place(halo[~is_central], rng.random((np.count_nonzero(~is_central), 3)))
     return {"position": position, "halo": halo, "is_central": is_central}
@@ -278,29 +125,44 @@ def paint(occupation: Occupation, halos: Halos, rng: np.random.Generator) -> dic
 def expected_points(occupation: Occupation, halos: Halos) -> Iterator[tuple[Array, Array]]:
     """Weighted points whose density is the mean of `paint` over realizations, some halos at a time.
 
-    A halo with a Poisson number of mean l has a central galaxy with probability 1 - exp(-l), and l - (1 -
-    exp(-l)) satellites on average. Fixed points sample these evenly, 128 or more for each galaxy: a Sobol
-    sequence with its mirror image, so that no halo's center of mass moves.
+    Fixed points sample the satellites of a halo evenly, 128 or more for each galaxy: a Sobol sequence with
+    its mirror image, so that no halo's center of mass moves.
 
     Yields
     ------
     positions (n, 3) [Mpc/h] and weights (n,); the weights of all halos sum to the mean number of galaxies.
     """
-    mean = occupation.mean(halos.mass)
-    central = -np.expm1(-mean)
-    satellites = mean - central
-    yield halos.wrap(halos.position[mean > 0]), central[mean > 0]
-    exponents = np.clip(np.ceil(np.log2(128 * satellites, where=mean > 0, out=np.zeros_like(mean))), 6, 20)
-    for exponent in np.unique(exponents[mean > 0]).astype(int):
+    central, satellites = occupation.means(halos.mass, halos.upper)
+    yield halos.wrap(halos.position[central > 0]), central[central > 0]
+    occupied = satellites > 0
+    exponents = np.clip(
+        np.ceil(np.log2(128 * satellites, where=occupied, out=np.zeros_like(satellites))), 6, 20
+    )
+    for exponent in np.unique(exponents[occupied]).astype(int):
         half = qmc.Sobol(3, scramble=False).random_base2(exponent - 1) + 0.5**exponent
         mirrored = np.stack([half[:, 0], 1 - half[:, 1], (half[:, 2] + 0.5) % 1], axis=1)
         points = np.concatenate([half, mirrored])
-        alike = np.flatnonzero((mean > 0) & (exponents == exponent))
+        alike = np.flatnonzero(occupied & (exponents == exponent))
         for chosen in np.array_split(alike, -(-alike.size * len(points) // _POINTS_AT_ONCE)):
             yield (
                 halos.place(np.repeat(chosen, len(points)), np.tile(points, (chosen.size, 1))),
                 np.repeat(satellites[chosen] / len(points), len(points)),
             )
+
+
+class PowerLawForm(StrictModel):
+    """`galdist.statistics.occupation.PowerLaw`: M_min, M_1 and alpha."""
+
+    kind: Literal["power-law"] = "power-law"
+
+
+class ZhengForm(StrictModel):
+    """`galdist.statistics.occupation.Zheng`: M_min, sigma_logM, M_0, M_1 and alpha."""
+
+    kind: Literal["zheng"]
+    assembly_bias: Literal["concentration", "overdensity"] | None = None
+    """Second property of halos, for A_cen and A_sat: the concentration, by the largest circular velocity at a
+    given mass, or the density of other halos' mass within 3 Mpc/h. null: the mass alone."""
 
 
 class HodConfig(StrictModel):
@@ -320,8 +182,11 @@ class HodConfig(StrictModel):
     """
     halos: Literal["nbody_halos", "halos"] = "nbody_halos"
     """Halos that get galaxies: those of the N-body run, or of the run that formed the galaxies."""
+    form: Annotated[PowerLawForm | ZhengForm, Constraint(discriminator="kind")] = PowerLawForm()
+    """How the mean number of galaxies depends on the halo."""
     outliers: Annotated[float, Constraint(ge=0, lt=1)] = 0.01
-    """Largest fraction of galaxies that may live in halos below M_min; see `fit`."""
+    """Largest fraction of galaxies that may live in halos that the form has no galaxies for; see
+    `galdist.statistics.occupation`."""
 
 
 def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
@@ -341,10 +206,22 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     training = _training(config, catalogs)
     targets = _targets(config, inputs["grids"], catalogs)
     holders = {name: _halos(config, catalogs[name], grids) for name, grids in targets.items()}
-    tables = [catalogs[name].table(name, "halos", [config.mass, "n_galaxies"]) for name in training]
+    tables = [
+        catalogs[name].table(name, "halos", [config.mass, "n_galaxies", *_secondary_columns(config)])
+        for name in training
+    ]
     mass = np.concatenate([table[config.mass] for table in tables]).astype(float)
     number = np.concatenate([table["n_galaxies"] for table in tables]).astype(float)
-    occupation = fit(mass, number, config.outliers)
+    upper: Flags | None = None
+    occupation: PowerLaw | Zheng
+    if isinstance(config.form, ZhengForm):
+        if config.form.assembly_bias:
+            boxes = [catalogs[name].attrs(name).box_size for name in training]
+            halves = [_upper(config, table, box) for table, box in zip(tables, boxes, strict=True)]
+            upper = np.concatenate(halves)
+        occupation = fit_zheng(mass, number, config.outliers, upper)
+    else:
+        occupation = fit_power_law(mass, number, config.outliers)
     log.info("occupation of %d halos of %s: %s", mass.size, ", ".join(training), occupation)
     first = next(iter(targets.values()))
     truth = first.field(config.field)
@@ -352,7 +229,12 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     durable.require_space(
         out, voxel * first.n_mesh**3 * len(targets), f"predictions of {len(targets)} boxes before compression"
     )
-    record = {**asdict(occupation), "mass": config.mass, "training": training}
+    record = {
+        **asdict(occupation),
+        "form": config.form.model_dump(),
+        "mass": config.mass,
+        "training": training,
+    }
     durable.write_json(out / "hod.json", {**record, "occupation": _binned(mass, number, occupation)})
 
     scheme: Scheme = "ngp" if truth.assignment == "none" else truth.assignment
@@ -367,10 +249,11 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     )
     galaxies = CatalogWriter(out / "galaxies.zarr")
     rows = [
-        metric_row("M_min", "train", occupation.M_min, occupation.M_min_error, "Msun/h"),
-        metric_row("M_1", "train", occupation.M_1, occupation.M_1_error, "Msun/h"),
-        metric_row("alpha", "train", occupation.alpha, occupation.alpha_error),
+        metric_row(name, "train", record[name], record[f"{name}_error"], "Msun/h" if name[0] == "M" else "")
+        for name in ("M_min", "sigma_logM", "M_0", "M_1", "alpha", "A_cen", "A_sat")
+        if name in record and (upper is not None or name[0] != "A")
     ]
+    rows.append(metric_row("log_likelihood", "train", occupation.log_likelihood))
     for done, (name, grids) in enumerate(targets.items()):
         progress.report(done, len(targets), name)
         halos = holders[name]
@@ -385,7 +268,9 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
         rows += [
             metric_row("n_galaxies/truth", name, grids.read(config.field).sum(dtype=float)),
             metric_row("n_galaxies/predicted", name, painted["halo"].size),
-            metric_row("n_galaxies/expected", name, occupation.mean(halos.mass).sum()),
+            metric_row(
+                "n_galaxies/expected", name, sum(map(np.sum, occupation.means(halos.mass, halos.upper)))
+            ),
         ]
     galaxies.finish(list(targets))
     save_metrics(out, rows)
@@ -478,7 +363,8 @@ def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> 
     ValueError
         where there are none.
     """
-    columns = ["position", config.mass] + ["radius_200c"] * (config.mass == "mass_200c")
+    columns = ["position", config.mass, *_secondary_columns(config)]
+    columns += ["radius_200c"] * (config.mass == "mass_200c")
     table = catalog.table(grids.attrs.name, config.halos, columns)
     mass = table[config.mass].astype(float)
     if not np.any(mass > 0):
@@ -504,10 +390,38 @@ def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> 
         concentration=concentration(np.where(mass > 0, mass, 1e12), grids.attrs.redshift, definition),
         position=table["position"].astype(float),
         box_size=grids.attrs.box_size,
+        upper=_upper(config, table, grids.attrs.box_size) if _secondary_columns(config) else None,
     )
 
 
-def _binned(mass: Array, number: Array, occupation: Occupation) -> dict[str, list[float]]:
+def _secondary_columns(config: HodConfig) -> list[str]:
+    """Columns of halos that their second property follows from."""
+    property = config.form.assembly_bias if isinstance(config.form, ZhengForm) else None
+    return {"concentration": ["v_max"], "overdensity": ["position", "mass"], None: []}[property]
+
+
+def _upper(config: HodConfig, table: Mapping[str, NDArray[Any]], box_size: float) -> Flags:
+    """Which halos of a box are in the upper half of the second property at their mass.
+
+    Halves are those of each box and table: baryons change v_max, and so would halves of one run's halos be
+    others in its N-body twin.
+    """
+    mass = table[config.mass].astype(float)
+    held = mass > 0
+    upper = np.zeros(mass.size, bool)
+    if "v_max" in table:
+        # v_max^3 / M has the units and, at given mass, the order of the concentration, and little trend.
+        secondary = table["v_max"][held] / np.cbrt(mass[held])
+    else:
+        weight = table["mass"].astype(float)
+        around = overdensity(table["position"], box_size, weight=weight)
+        own = weight / (weight.sum() * 4 / 3 * np.pi * 3.0**3 / box_size**3)
+        secondary = (around - own)[held]
+    upper[held] = upper_half(mass[held], secondary)
+    return upper
+
+
+def _binned(mass: Array, number: Array, occupation: PowerLaw | Zheng) -> dict[str, list[float]]:
     """Mean occupation in bins of a fifth of a decade of mass: measured, with its error, and of the model."""
     bins = np.floor(5 * np.log10(mass, where=mass > 0, out=np.full_like(mass, -np.inf)))
     table: dict[str, list[float]] = {key: [] for key in ("mass", "n_halos", "measured", "error", "model")}
