@@ -248,6 +248,36 @@ def test_files(universe: Universe, scored: dict[Any, Any]) -> None:
     assert (narrow["error"], narrow["unit"]) == (scored["narrow", "energy_score", "joint"]["bootstrap"], "")
 
 
+def test_who_is_best_and_by_how_much(universe: Universe, scored: dict[Any, Any]) -> None:
+    found = {(one["metric"], one["of"]): one for one in load_scores(universe.path / "scores")["comparisons"]}
+    pair = "+".join(TARGETS[:2])
+    assert {of for _, of in found} == {*TARGETS, pair, "all"}
+    difference, error = found["crps", "color_gi"]["worse"]["narrow"]
+    row = {label: scored[label, "crps", "color_gi"] for label in ("right", "narrow")}
+    assert difference == pytest.approx(row["narrow"]["value"] - row["right"]["value"])
+    # Halos are the same, so that the difference is known better than each: as a mean over halos.
+    each = [
+        np.concatenate(
+            [
+                distributions.crps(universe.draws(name, 10, seed, width)[:, :, 1], universe.truth[name][:, 1])
+                for name in universe.truth
+            ]
+        )
+        for seed, width in ((0, 1.0), (1, 1.0), (2, 1.0), (0, 0.7))
+    ]
+    paired = each[3] - np.mean(each[:3], axis=0)
+    expected = math.hypot(paired.std() / math.sqrt(len(paired)), row["right"]["error"])
+    assert error == pytest.approx(expected, rel=0.5)
+    assert error < 0.7 * row["narrow"]["bootstrap"]
+    for metric in ("energy_score", "coverage_0.9", "rank_chi2"):
+        one = found[metric, "all" if metric == "energy_score" else "color_gi"]
+        assert one["best"] == "right"
+        difference, error = one["worse"]["narrow"]
+        assert difference > 3 * error
+    best = max(("right", "narrow"), key=lambda label: scored[label, "r2_draw", "color_gi"]["value"])
+    assert found["r2_draw", "color_gi"]["best"] == best
+
+
 def test_floor_is_kolmogorovs_and_knows_no_training_rows(universe: Universe, scored: dict[Any, Any]) -> None:
     n = len(universe.all())
     for of in TARGETS:

@@ -87,6 +87,19 @@ class ScoreRow(TypedDict):
     """Its standard deviation from pair to pair."""
 
 
+class Comparison(TypedDict):
+    """Who is best at a metric, and how much worse the others are."""
+
+    metric: str
+    of: str
+    """A property, a configured set, or ``all`` properties."""
+    best: str
+    """Label."""
+    worse: dict[str, tuple[float, float]]
+    """Every other label -> how much worse, and the standard deviation of that: of both means over seeds, and
+    of the difference when halos are resampled, the same ones for both."""
+
+
 def load_scores(step: str | Path) -> dict[str, Any]:
     """What a step of this stage found.
 
@@ -95,7 +108,7 @@ def load_scores(step: str | Path) -> dict[str, Any]:
     ``rows`` (list of `ScoreRow`); ``split``; ``n_rows``; ``scales``: the standard deviation of each true
     property, the unit of Wasserstein and energy distances and of energy scores of several properties;
     ``ranks``: a list of {``label``, ``of``, ``counts``}, the rank histogram (see
-    `distributions.rank_histogram`), mean over seeds.
+    `distributions.rank_histogram`), mean over seeds; ``comparisons`` (list of `Comparison`).
     """
     found: dict[str, Any] = durable.read_json(Path(step) / FILE)
     return found
@@ -133,6 +146,7 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     weights = distributions.resamplings(truth.n_rows, config.bootstrap, rng)
     rows: list[ScoreRow] = []
     ranks = []
+    resampled: dict[str, Measured] = {}
     done = 0
     for label, stores in groups.items():
         seeds, selves, histograms = [], [], []
@@ -145,6 +159,7 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
             histograms.append(counts)
             done += 1
         rows += _rows(label, seeds, selves, truth.floors(config, stores[0]))
+        resampled[label] = _comparable(seeds, all_of=set(stores[0].targets) == set(truth.targets))
         ranks += [
             {"label": label, "of": of, "counts": np.mean([one[of] for one in histograms], axis=0).tolist()}
             for of in histograms[0]
@@ -157,6 +172,7 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
             "scales": dict(zip(truth.targets, truth.scale.tolist(), strict=True)),
             "rows": rows,
             "ranks": ranks,
+            "comparisons": _comparisons(resampled, rows),
         },
     )
     save_metrics(out, list(_headlines(rows, truth.units)))
@@ -459,6 +475,50 @@ def _rows(
             )
         )
     return rows
+
+
+def _comparable(seeds: Sequence[Measured], all_of: bool) -> Measured:
+    """Means over seeds of what other labels have too: ``joint`` and ``union`` are that only where they are
+    ``all_of`` the properties, and then one."""
+    found: Measured = {}
+    for metric, of in seeds[0]:
+        mean = np.mean([measured[metric, of] for measured in seeds], axis=0)
+        if np.isfinite(mean).all() and (all_of or of not in ("joint", "union")):
+            found[metric, "all" if of in ("joint", "union") else of] = mean
+    return found
+
+
+def _comparisons(labels: Mapping[str, Measured], rows: Sequence[ScoreRow]) -> list[Comparison]:
+    """Of each metric that two labels have."""
+    errors = {
+        (row["label"], row["metric"], "all" if row["of"] in ("joint", "union") else row["of"]): row["error"]
+        for row in rows
+    }
+    found = []
+    for metric, of in dict.fromkeys(key for measured in labels.values() for key in measured):
+        badness = {
+            label: _badness(metric, measured[metric, of])
+            for label, measured in labels.items()
+            if (metric, of) in measured
+        }
+        best = min(badness, key=lambda label: badness[label][0])
+        worse = {}
+        for label, values in badness.items():
+            if label != best:
+                difference = values - badness[best]
+                seeds = [errors[one, metric, of] or 0.0 for one in (label, best)]
+                worse[label] = float(difference[0]), math.hypot(difference[1:].std(ddof=1), *seeds)
+        if worse:
+            found.append(Comparison(metric=metric, of=of, best=best, worse=worse))
+    return found
+
+
+def _badness(metric: str, values: Array) -> Array:
+    """What is the less the better."""
+    name, _, level = metric.removesuffix("_draw").partition("_")
+    if name in ("r2", "pearson"):
+        return -values
+    return np.abs(values - float(level)) if name == "coverage" else values
 
 
 def _headlines(rows: Sequence[ScoreRow], units: Mapping[str, str]) -> Iterator[MetricRow]:
