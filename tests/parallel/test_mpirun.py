@@ -25,3 +25,4 @@ def test_ranks_see_each_other(mpirun, ranks):
 def test_a_failing_rank_fails_the_test_and_does_not_hang(mpirun):
     with pytest.raises(pytest.fail.Exception, match="the last rank gives up"):
         mpirun(2, fails_on_last_rank, timeout=60)
+    assert len(mpirun(2, rank_and_size, 10)) == 2, "ranks anew"

@@ -35,10 +35,11 @@ def read(out):
     return chunks, particles, groups, subhalos
 
 
-@pytest.fixture
-def alone(mpirun, tmp_path):
-    mpirun(1, make, tmp_path / "1", {**CONFIG, "n_files": 3})
-    return read(tmp_path / "1")
+@pytest.fixture(scope="module")
+def alone(mpirun, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    mpirun(1, make, out, {**CONFIG, "n_files": 3})
+    return read(out)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

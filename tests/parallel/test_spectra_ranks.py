@@ -1,6 +1,7 @@
 """Spectra on real ranks: 1, 2 and 4 give the same, and what they give is right."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,25 +43,39 @@ def run_stage(folder, out, config=None):
     return load_spectra(out)["simulations"]
 
 
-@pytest.fixture
-def random_fields(tmp_path):
+@pytest.fixture(scope="module")
+def random_fields(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
     rng = np.random.default_rng(3)
     shape = (N_MESH,) * 3
     galaxies = rng.poisson(0.4, shape)
     write_store(
-        tmp_path / "grids" / "grids.zarr",
+        folder / "grids" / "grids.zarr",
         {"galaxy_counts": galaxies, "matter_counts": rng.gamma(2.0, 3.0, shape)},
         assignment="cic",
     )
     write_store(
-        tmp_path / "predictions" / "hod" / "prediction.zarr",
+        folder / "predictions" / "hod" / "prediction.zarr",
         {
             "galaxy_counts": galaxies + rng.poisson(0.1, shape),
             "expected_galaxy_counts": rng.gamma(2, 3, shape),
         },
         assignment="ngp",
     )
-    return tmp_path
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(mpirun, random_fields):
+    """What one rank finds."""
+    return mpirun(1, run_stage, random_fields, random_fields / "alone")[0]["box"]
+
+
+@pytest.fixture(scope="module")
+def measured(mpirun, random_fields):
+    """The step's folder, and what each of two ranks finds."""
+    out = random_fields / "out"
+    return out, mpirun(2, run_stage, random_fields, out)
 
 
 def leaves(value, path=()):
@@ -72,9 +87,9 @@ def leaves(value, path=()):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_agree(mpirun, random_fields, ranks):
-    alone = mpirun(1, run_stage, random_fields, random_fields / "alone")[0]["box"]
-    together = mpirun(ranks, run_stage, random_fields, random_fields / "together")
+def test_ranks_agree(mpirun, random_fields, alone, measured, tmp_path, ranks):
+    together = measured[1] if ranks == 2 else mpirun(ranks, run_stage, random_fields, tmp_path)
+    assert len(together) == ranks
     assert set(alone["fields"]) == {"truth", "matter", "hod", "hod:expected_galaxy_counts"}
     assert set(alone["cross"]) == {"matter", "hod", "hod:expected_galaxy_counts"}
     for result in together:
@@ -293,9 +308,8 @@ def load_with_nbodykit(files):
     ]
 
 
-def test_files_load_in_nbodykit(mpirun, random_fields):
-    out = random_fields / "out"
-    result = mpirun(2, run_stage, random_fields, out)[0]["box"]
+def test_files_load_in_nbodykit(mpirun, measured):
+    out, result = measured[0], measured[1][0]["box"]
     folder = out / "spectra" / "box"
     files = [str(folder / "truth.json"), str(folder / "cross" / "hod:expected_galaxy_counts.json")]
     (k, power, modes, attrs), (_, cross, _, _) = mpirun(1, load_with_nbodykit, files)[0]
@@ -310,8 +324,8 @@ def test_files_load_in_nbodykit(mpirun, random_fields):
     assert (attrs["interlaced"], attrs["assignment"], attrs["redshift"]) == (False, "cic", 0.5)
 
 
-def test_shot_noise_is_that_of_counts_only(mpirun, random_fields):
-    fields = mpirun(1, run_stage, random_fields, random_fields / "out")[0]["box"]["fields"]
+def test_shot_noise_is_that_of_counts_only(alone):
+    fields = alone["fields"]
     assert fields["truth"]["shot_noise"] == pytest.approx(BOX**3 / fields["truth"]["n"])
     assert fields["hod:expected_galaxy_counts"]["shot_noise"] == 0
     assert np.all(
@@ -319,9 +333,9 @@ def test_shot_noise_is_that_of_counts_only(mpirun, random_fields):
     )  # aliases of the NGP window
 
 
-def test_an_interrupted_measurement_goes_on(mpirun, random_fields):
-    out = random_fields / "out"
-    once = mpirun(2, run_stage, random_fields, out)[0]
+def test_an_interrupted_measurement_goes_on(mpirun, random_fields, measured, tmp_path):
+    out, once = tmp_path / "out", measured[1][0]
+    shutil.copytree(measured[0], out)
     written = (out / "spectra.json").read_bytes()
     part = out / "parts" / "box.json"
     stamp = part.stat().st_mtime_ns
@@ -332,9 +346,8 @@ def test_an_interrupted_measurement_goes_on(mpirun, random_fields):
     assert set(once) == set(again)
 
 
-def test_metrics_say_how_well_each_prediction_correlates(mpirun, random_fields):
-    out = random_fields / "out"
-    result = mpirun(2, run_stage, random_fields, out)[0]["box"]
+def test_metrics_say_how_well_each_prediction_correlates(measured):
+    out, result = measured[0], measured[1][0]["box"]
     rows = {(row["metric"], row["sample"]): row for row in load_metrics(out)}
     band = (result["k"] >= 0.3) & (result["k"] < 3)
     r = rows["r/hod/k0.3-3", "box"]
