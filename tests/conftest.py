@@ -1,9 +1,23 @@
 """Fixtures that many tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples each time, and no limit on seconds: a test that passes here passes on a busy machine too.
+# New examples are tried by `pytest --hypothesis-profile=default`.
+settings.register_profile(
+    "tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("tests")
+
+# Programs that tests start and signal would ignore that too where the tests run in the background (`nohup`).
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # which programs started by this one do not inherit
 
 os.environ.setdefault("UCX_NET_DEVICES", "lo")  # tests that use nbodykit in this process open no port either
 
