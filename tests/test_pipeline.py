@@ -607,13 +607,16 @@ def test_time_left(run: Callable[..., list[str]], tmp_path: Path) -> None:
     seen: dict[tuple[str, ...], float | None] = {}
 
     def show(view: RunView) -> None:
-        seen[tuple(step.name for step in view.steps if step.state in ("done", "kept"))] = view.seconds_left
+        done = tuple(step.name for step in view.steps if step.state in ("done", "kept"))
+        seen.setdefault(done, view.seconds_left)
 
     pipeline.execute(load(tmp_path, data), tmp_path / "out", DEBUG, show, stages=STAGES)
-    assert seen["a",] == pytest.approx(0.5 * (10 + 20 + 40) / 10, rel=0.4), "a took 0.5 s instead of 10 s"
+    took = durable.read_json(tmp_path / "out" / "a" / "provenance.json")["seconds"]
+    assert took >= 0.5
+    assert seen["a",] == pytest.approx(took * (10 + 20 + 40) / 10, rel=0.2), "a took 0.5 s instead of 10 s"
     entries = {e.name: e for e in plan.plan(load(tmp_path, data), tmp_path / "out", stages=STAGES)}
     assert entries["a"].measured
-    assert entries["a"].expected == pytest.approx(0.5, abs=0.3)
+    assert entries["a"].expected == pytest.approx(took)
 
 
 def test_time_of_earlier_attempts_counts(tmp_path: Path) -> None:
@@ -633,9 +636,9 @@ def test_a_thousand_steps_are_planned_quickly(tmp_path: Path) -> None:
         names = sorted({f"s{number - 1}", f"s{number // 2}"})
         steps.append({"name": f"s{number}", "stage": "pieces", "inputs": {"before": names}})
     run = load(tmp_path, {"name": "many", "steps": steps})
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(plan.plan(run, tmp_path / "out", stages=STAGES)) == 1000
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_mpi_needs_its_launcher_before_anything_starts(
