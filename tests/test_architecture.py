@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -68,12 +70,16 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
             yield ast.unparse(node.func), node
 
 
+@cache
+def reached(path: Path) -> set[str]:
+    """Attributes of all kinds, as they are written."""
+    return {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+
+
 def uses(path: Path, package: str) -> bool:
     """Imported, or reached through its parent as ``torch.distributed`` is."""
-    source = tree(path)
-    reached = (ast.unparse(node) for node in ast.walk(source) if isinstance(node, ast.Attribute))
-    return any(within(module, package) for module, _ in imports(source)) or (
-        "." in package and any(within(text, package) for text in reached)
+    return any(within(module, package) for module, _ in imports(tree(path))) or (
+        "." in package and any(within(text, package) for text in reached(path))
     )
 
 
