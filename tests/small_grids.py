@@ -175,7 +175,7 @@ class Ranks:
         for process in self.processes:
             process.wait()
 
-    def wait(self, timeout: float = 180) -> list[int]:
+    def wait(self, timeout: float = 300) -> list[int]:
         """Exit statuses, in order of rank."""
         return [process.wait(timeout) for process in self.processes]
 
@@ -185,7 +185,7 @@ class Ranks:
 
     def when(self, condition: Callable[[], Any]) -> None:
         """Wait for ``condition``, which must come while all ranks run."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()
             assert all(process.poll() is None for process in self.processes), self.log.read_text()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from moments import Moment, stopped_at
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from small_grids import CLASSIFIER, Ranks, filled, make_grids, small_disk
@@ -210,8 +211,8 @@ def test_a_killed_training_ends_with_the_same_weights(
     grids: Path, uninterrupted: Path, tmp_path: Path, step: int
 ) -> None:
     out = tmp_path / "out"
-    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
-        ranks.signal_when(out / "checkpoints", f"step-000000{step:02d}", 1, signal.SIGKILL)
+    moment = Moment(signal.SIGKILL, f"checkpoints/step-000000{step:02d}")
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=moment) as ranks:
         assert ranks.wait() == [-signal.SIGKILL]
     assert not (out / "model").exists()
     with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
@@ -226,8 +227,8 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     grids: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
-        ranks.signal_when(out / "checkpoints", "step-00000020", 1, signal.SIGKILL)
+    moment = Moment(signal.SIGKILL, "checkpoints/step-00000020")
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=moment) as ranks:
         ranks.wait()
     newest = max((out / "checkpoints").glob("step-*"))
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])
@@ -243,8 +244,8 @@ def test_a_stopped_training_saves_its_step(
 ) -> None:
     out = tmp_path / "out"
     long = LONG | {"checkpoint_minutes": 60}
-    with Ranks("train", CLASSIFIER | long, {"grids": [grids]}, out) as ranks:
-        ranks.signal_when(out / "cache", "*/*.npy", 2, signum)  # training has begun, no epoch is done
+    moment = Moment(signum, "cache/*/*.npy", number=2, rank=0)  # training has begun, no epoch is done
+    with Ranks("train", CLASSIFIER | long, {"grids": [grids]}, out, at=moment) as ranks:
         assert ranks.wait() == [128 + signum]
     saved = sorted((out / "checkpoints").glob("step-*"))
     assert saved
@@ -296,11 +297,16 @@ def test_as_many_checkpoints_stay_as_are_asked_for(grids: Path, tmp_path: Path) 
     ]
 
 
+BEGUN = stopped_at("checkpoints/step-0000000[4-9]")
+
+
 def test_training_goes_on_while_the_disk_is_full(grids: Path, uninterrupted: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "out", 4 << 20) as out:
-        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
-            ranks.when(lambda: steps_saved(out) >= 4 and len(list(out.glob("cache/*/*.npy"))) == 4)
+        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=BEGUN) as ranks:
+            ranks.wait_until_stopped()
+            assert len(list(out.glob("cache/*/*.npy"))) == 4
             with filled(out):
+                ranks.signal_all(signal.SIGCONT)
                 ranks.when(lambda: "no room for the row of epoch" in ranks.log.read_text())
                 saved = steps_saved(out)
                 ranks.when(lambda: ranks.log.read_text().count("no room for checkpoint") > 3)
@@ -322,13 +328,15 @@ def test_what_a_full_disk_costs_is_said_and_made_up_for(
     grids: Path, uninterrupted: Path, tmp_path: Path, ending: str
 ) -> None:
     with small_disk(tmp_path / "out", 4 << 20) as out:
-        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
-            ranks.when(lambda: steps_saved(out) >= 4 and len(list(out.glob("cache/*/*.npy"))) == 4)
+        with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=BEGUN) as ranks:
+            ranks.wait_until_stopped()
+            assert len(list(out.glob("cache/*/*.npy"))) == 4
             with filled(out):
+                ranks.signal_all(signal.SIGCONT)
                 ranks.when(lambda: "no room for checkpoint" in ranks.log.read_text())
                 if ending == "stopped":
                     ranks.signal_all(signal.SIGTERM)
-                assert ranks.wait(60) == [1]
+                assert ranks.wait() == [1]
         # On a slow machine the signal may come when the last step is done.
         what = "(checkpoint step|the trained model)" if ending == "stopped" else "the trained model"
         assert re.search(
@@ -350,13 +358,12 @@ def test_workers_outlive_a_signal_to_all_processes(grids: Path, uninterrupted: P
     with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
         ranks.when(ranks.has_workers)
         ranks.signal_all(signal.SIGTERM)
-        assert ranks.wait(30) == [128 + signal.SIGTERM], ranks.log.read_text()
+        assert ranks.wait() == [128 + signal.SIGTERM], ranks.log.read_text()
         assert "DataLoader worker" not in ranks.log.read_text()
         ranks.signal_all(signal.SIGKILL)
-    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
-        ranks.when(lambda: len(history(out)) > 0 if (out / "history.jsonl").exists() else False)
-        ranks.signal_all(signal.SIGTERM)
-        assert ranks.wait(30) == [128 + signal.SIGTERM], ranks.log.read_text()
+    moment = Moment(signal.SIGTERM, "history.jsonl")
+    with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=moment) as ranks:
+        assert ranks.wait() == [128 + signal.SIGTERM], ranks.log.read_text()
     with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out) as ranks:
         ranks.succeed()
     assert same(last_weights(out), last_weights(uninterrupted))

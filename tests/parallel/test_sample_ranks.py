@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from linear_galaxies import TARGETS, make_centrals, make_model
+from moments import Moment
 from small_grids import Ranks
 
 from galdist.catalogs.samples import Samples, open_samples
@@ -69,10 +70,8 @@ def test_what_was_broken_off_goes_on_with_other_ranks(
     inputs: dict[str, list[Path]], alone: Path, tmp_path: Path, signum: signal.Signals, statuses: set[int]
 ) -> None:
     out = tmp_path / "out"
-    with Ranks("sample", CONFIG, inputs, out, 2, MODULES) as ranks:
-        ranks.when(lambda: list(out.glob("parts/0*.json")))
-        ranks.signal_all(signum)
-        assert set(ranks.wait(30)) == statuses, ranks.log.read_text()
+    with Ranks("sample", CONFIG, inputs, out, 2, MODULES, Moment(signum, "parts/0*.json")) as ranks:
+        assert set(ranks.wait()) == statuses, ranks.log.read_text()
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/0*.json")}
     assert 1 <= len(made) < 10
     sampled(inputs, out, 3)

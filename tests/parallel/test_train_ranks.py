@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from moments import Moment
 from small_grids import CLASSIFIER, Ranks, make_grids
 from small_tables import make_tables
 
@@ -53,6 +54,12 @@ def alone(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(grids, tmp_path_factory.mktemp("ranks") / "alone", 1)
 
 
+@pytest.fixture(scope="module")
+def two(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks train, undisturbed."""
+    return trained(grids, tmp_path_factory.mktemp("ranks") / "two", 2)
+
+
 def last_weights(out: Path) -> dict[str, torch.Tensor]:
     checkpoints = Checkpoints(out / "checkpoints")
     name = checkpoints.latest()
@@ -61,8 +68,8 @@ def last_weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
-def test_ranks_train_as_one_does(grids: Path, alone: Path, tmp_path: Path, n_ranks: int) -> None:
-    out = trained(grids, tmp_path / "out", n_ranks)
+def test_ranks_train_as_one_does(grids: Path, alone: Path, two: Path, tmp_path: Path, n_ranks: int) -> None:
+    out = two if n_ranks == 2 else trained(grids, tmp_path / "out", n_ranks)
     expected = last_weights(alone)
     start_to_end = max((value - 0).abs().max() for value in expected.values())
     assert start_to_end > 0.1
@@ -75,20 +82,19 @@ def test_ranks_train_as_one_does(grids: Path, alone: Path, tmp_path: Path, n_ran
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_killed_rank_ends_the_others_and_the_next_start_finishes(
-    grids: Path, tmp_path: Path, dies: int
+    grids: Path, two: Path, tmp_path: Path, dies: int
 ) -> None:
-    uninterrupted = trained(grids, tmp_path / "uninterrupted", 2)
-    out = tmp_path / "out"
-    with Ranks("train", CONFIG | {"checkpoint_minutes": 1e-6}, {"grids": [grids]}, out, 2) as ranks:
-        ranks.signal_when(out / "checkpoints", "step-*", 2, signal.SIGKILL, rank=dies)
-        statuses = ranks.wait(60)
+    out, often = tmp_path / "out", CONFIG | {"checkpoint_minutes": 1e-6}
+    moment = Moment(signal.SIGKILL, "checkpoints/step-*", number=2, rank=dies)
+    with Ranks("train", often, {"grids": [grids]}, out, 2, at=moment) as ranks:
+        statuses = ranks.wait()
     assert statuses[dies] == -signal.SIGKILL
     assert statuses[1 - dies] not in (0, None)
     trained(grids, out, 2)
-    one, other = last_weights(out), last_weights(uninterrupted)
+    one, other = last_weights(out), last_weights(two)
     assert all(torch.equal(one[name], other[name]) for name in one)
     model = "model/weights.safetensors"
-    best, expected = load_file(out / model), load_file(uninterrupted / model)
+    best, expected = load_file(out / model), load_file(two / model)
     assert all(torch.equal(best[name], expected[name]) for name in best)
 
 
@@ -96,9 +102,9 @@ def test_random_numbers_of_all_generators_go_on(grids: Path, tmp_path: Path) -> 
     uninterrupted = trained(grids, tmp_path / "uninterrupted", 2, NOISY, ("noisy_objective",))
     out = tmp_path / "out"
     often = NOISY | {"checkpoint_minutes": 1e-6}
-    with Ranks("train", often, {"grids": [grids]}, out, 2, ("noisy_objective",)) as ranks:
-        ranks.signal_when(out / "checkpoints", "step-*", 2, signal.SIGKILL)
-        ranks.wait(60)
+    moment = Moment(signal.SIGKILL, "checkpoints/step-*", number=2, rank=0)
+    with Ranks("train", often, {"grids": [grids]}, out, 2, ("noisy_objective",), moment) as ranks:
+        assert -signal.SIGKILL in ranks.wait()
     trained(grids, out, 2, NOISY, ("noisy_objective",))
     one, other = last_weights(out), last_weights(uninterrupted)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -107,11 +113,11 @@ def test_random_numbers_of_all_generators_go_on(grids: Path, tmp_path: Path) -> 
 def test_one_asked_to_stop_stops_all_at_one_step(grids: Path, tmp_path: Path) -> None:
     """Four: of more than two gradients the sum depends on the order."""
     out = tmp_path / "out"
-    long = NOISY | {"epochs": 12}
+    long = NOISY | {"epochs": 3}
     modules = ("noisy_objective",)
-    with Ranks("train", long, {"grids": [grids]}, out, 4, modules) as ranks:
-        ranks.signal_when(out, "history.jsonl", 1, signal.SIGTERM, rank=1)
-        assert ranks.wait(60) == [128 + signal.SIGTERM] * 4
+    moment = Moment(signal.SIGTERM, "history.jsonl", rank=1)
+    with Ranks("train", long, {"grids": [grids]}, out, 4, modules, moment) as ranks:
+        assert ranks.wait() == [128 + signal.SIGTERM] * 4
     checkpoints = Checkpoints(out / "checkpoints")
     newest = checkpoints.latest()
     assert newest is not None
@@ -125,8 +131,10 @@ def test_one_asked_to_stop_stops_all_at_one_step(grids: Path, tmp_path: Path) ->
 
 
 STOPPED = 128 + signal.SIGTERM
-TILES = CONFIG | {"data": CONFIG["data"] | {"tile": 2, "halo": 2}, "checkpoint_minutes": 60}
-"""A validation of 512 tiles."""
+TILES = CONFIG | {"data": CONFIG["data"] | {"tile": 4, "halo": 2}, "checkpoint_minutes": 60}
+"""A validation of 64 tiles."""
+IN_VALIDATION = Moment(signal.SIGTERM, "checkpoints/step-00000008", votes=10)
+"""Ten votes after the training of the first epoch is saved, or found to be."""
 
 
 def saved(out: Path) -> dict[str, Any]:
@@ -140,17 +148,13 @@ def saved(out: Path) -> dict[str, Any]:
 def test_validation_stops_within_a_tile_and_goes_on_there(grids: Path, tmp_path: Path) -> None:
     uninterrupted, out = trained(grids, tmp_path / "uninterrupted", 2, TILES), tmp_path / "out"
     done = [0]
-    for stop in range(2):
-        with Ranks("train", TILES, {"grids": [grids]}, out, 2) as ranks:
-            ranks.when(lambda: list(out.glob("checkpoints/step-*")))
-            ranks.when(lambda stop=stop: ranks.log.read_text().count("continues from") == 2 * stop)
-            time.sleep(0.1)
-            ranks.signal_all(signal.SIGTERM)
-            assert ranks.wait(10) == [STOPPED] * 2, ranks.log.read_text()
+    for _ in range(2):
+        with Ranks("train", TILES, {"grids": [grids]}, out, 2, at=IN_VALIDATION) as ranks:
+            assert ranks.wait() == [STOPPED] * 2, ranks.log.read_text()
         position = saved(out)["position"]
         assert (position["epoch"], position["step"]) == (0, 8)
         done.append(position["validated"])
-    assert 0 < done[1] < done[2] < 512
+    assert 0 < done[1] < done[2] < 64
     trained(grids, out, 2, TILES)
     one, other = last_weights(out), last_weights(uninterrupted)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -168,7 +172,7 @@ def test_a_model_that_is_being_prepared_stops(grids: Path, tmp_path: Path) -> No
     with Ranks("train", config, {"grids": [grids]}, out, 2, ("noisy_objective",)) as ranks:
         ranks.when(lambda: "looks at a box" in ranks.log.read_text())
         ranks.signal_all(signal.SIGTERM)
-        assert ranks.wait(10) == [STOPPED] * 2, ranks.log.read_text()
+        assert ranks.wait() == [STOPPED] * 2, ranks.log.read_text()
     assert not list(out.glob("checkpoints/*"))
 
 
@@ -176,15 +180,12 @@ def test_fewer_ranks_go_on(grids: Path, tmp_path: Path) -> None:
     """4, then 2 in the middle of an epoch, then 1 in the middle of its validation."""
     alone, out = trained(grids, tmp_path / "alone", 1, TILES), tmp_path / "out"
     for n_ranks, config, moment in (
-        (4, TILES | {"checkpoint_minutes": 1e-6}, "step-0000000[3-6]"),
-        (2, TILES, "step-00000008"),
+        (4, TILES | {"checkpoint_minutes": 1e-6}, Moment(signal.SIGTERM, "checkpoints/step-0000000[3-6]")),
+        (2, TILES, IN_VALIDATION),
     ):
-        with Ranks("train", config, {"grids": [grids]}, out, n_ranks) as ranks:
-            ranks.when(lambda moment=moment: list(out.glob(f"checkpoints/{moment}")))
-            time.sleep(0.1 * (n_ranks == 2))
-            ranks.signal_all(signal.SIGTERM)
-            assert ranks.wait(60) == [STOPPED] * n_ranks, ranks.log.read_text()
-    assert 0 < saved(out)["position"]["validated"] < 512
+        with Ranks("train", config, {"grids": [grids]}, out, n_ranks, at=moment) as ranks:
+            assert ranks.wait() == [STOPPED] * n_ranks, ranks.log.read_text()
+    assert 0 < saved(out)["position"]["validated"] < 64
     trained(grids, out, 1, TILES)
     said = (tmp_path / "out-log.txt").read_text()
     for now, before in ((2, 4), (1, 2)):
@@ -222,7 +223,7 @@ def test_ten_stops_need_no_hand(grids: Path, tmp_path: Path, n_ranks: int) -> No
                 ranks.when(lambda ranks=ranks, before=before: done(ranks) > before)
                 time.sleep(moments.uniform(0, 0.5))
             ranks.signal_all(signal.SIGTERM)
-            assert ranks.wait(20) == [STOPPED] * n_ranks, ranks.log.read_text()
+            assert ranks.wait() == [STOPPED] * n_ranks, ranks.log.read_text()
         if list(out.glob("checkpoints/step-*")):
             position = saved(out)["position"]
             places.append((position["epoch"], position["step"], position["validated"]))
@@ -234,37 +235,47 @@ def test_ten_stops_need_no_hand(grids: Path, tmp_path: Path, n_ranks: int) -> No
     assert results(out) == results(uninterrupted)
 
 
-def test_a_prediction_stops_within_a_tile_and_goes_on(grids: Path, alone: Path, tmp_path: Path) -> None:
-    inputs, config = {"grids": [grids], "model": [alone]}, {"tile": 4, "halo": 4}
-    with Ranks("predict", config, inputs, tmp_path / "whole", 2) as ranks:
+PREDICTION = {"tile": 4, "halo": 4}
+"""Four slabs of 16 tiles."""
+
+
+def predicted(grids: Path, model: Path, out: Path, n_ranks: int, config: dict[str, Any] = PREDICTION) -> Path:
+    with Ranks("predict", config, {"grids": [grids], "model": [model]}, out, n_ranks) as ranks:
         ranks.succeed()
-    out = tmp_path / "out"
-    with Ranks("predict", config, inputs, out, 2) as ranks:
-        ranks.when(lambda: list(out.glob("parts/*")))
-        ranks.signal_all(signal.SIGTERM)
-        assert ranks.wait(10) == [STOPPED] * 2, ranks.log.read_text()
+    return out
+
+
+@pytest.fixture(scope="module")
+def prediction(grids: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank predicts."""
+    return predicted(grids, alone, tmp_path_factory.mktemp("ranks") / "prediction", 1)
+
+
+def same_prediction(one: Path, other: Path) -> bool:
+    fields = [open_store(out / "prediction.zarr")["box_3"].read("galaxy_probability") for out in (one, other)]
+    assert fields[0].max() > 0
+    return np.array_equal(*fields) and load_metrics(one) == load_metrics(other)
+
+
+def test_a_prediction_stops_within_a_tile_and_goes_on(
+    grids: Path, alone: Path, prediction: Path, tmp_path: Path
+) -> None:
+    inputs, out = {"grids": [grids], "model": [alone]}, tmp_path / "out"
+    moment = Moment(signal.SIGTERM, "parts/*")
+    with Ranks("predict", PREDICTION, inputs, out, 2, at=moment) as ranks:
+        assert ranks.wait() == [STOPPED] * 2, ranks.log.read_text()
     made = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*")}
     assert 1 <= len(made) < 4
-    with Ranks("predict", config, inputs, out, 3) as ranks:
-        ranks.succeed()
+    predicted(grids, alone, out, 3)
     assert {name: (out / "parts" / name).stat().st_mtime_ns for name in made} == made
-    fields = [open_store(path / "prediction.zarr")["box_3"] for path in (out, tmp_path / "whole")]
-    assert np.array_equal(*(field.read("galaxy_probability") for field in fields))
-    assert load_metrics(out) == load_metrics(tmp_path / "whole")
+    assert same_prediction(out, prediction)
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2, 4])
-def test_ranks_share_a_prediction(grids: Path, alone: Path, tmp_path: Path, n_ranks: int) -> None:
-    outs = []
-    for name, n in (("one", 1), ("several", n_ranks)):
-        inputs = {"grids": [grids], "model": [alone]}
-        with Ranks("predict", {"tile": 4, "halo": 2}, inputs, tmp_path / name, n) as ranks:
-            ranks.succeed()
-        outs.append(tmp_path / name)
-    fields = [open_store(out / "prediction.zarr")["box_3"].read("galaxy_probability") for out in outs]
-    assert fields[0].max() > 0
-    assert np.array_equal(*fields)
-    assert load_metrics(outs[0]) == load_metrics(outs[1])
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_ranks_share_a_prediction(
+    grids: Path, alone: Path, prediction: Path, tmp_path: Path, n_ranks: int
+) -> None:
+    assert same_prediction(predicted(grids, alone, tmp_path / "out", n_ranks), prediction)
 
 
 ROWS: dict[str, Any] = {
@@ -307,13 +318,13 @@ def test_ranks_train_on_rows_as_one_does(
 
 def test_ranks_that_train_on_rows_stop_together_and_go_on(centrals: Path, tmp_path: Path) -> None:
     """Each draws its own random numbers."""
-    config = ROWS | {"model": {"name": "gaussian", "noise": 0.3}, "epochs": 60}
+    config = ROWS | {"model": {"name": "gaussian", "noise": 0.3}, "epochs": 6}
     uninterrupted = trained_on_rows(centrals, tmp_path / "uninterrupted", 2, config)
     out = tmp_path / "out"
-    with Ranks("train", config, {"catalogs": [centrals]}, out, 2, ("small_tables",)) as ranks:
-        ranks.signal_when(out, "history.jsonl", 1, signal.SIGTERM, rank=1)
-        assert ranks.wait(60) == [STOPPED] * 2, ranks.log.read_text()
-    assert 0 < saved(out)["position"]["epoch"] < 60
+    moment = Moment(signal.SIGTERM, "history.jsonl", rank=1)
+    with Ranks("train", config, {"catalogs": [centrals]}, out, 2, ("small_tables",), moment) as ranks:
+        assert ranks.wait() == [STOPPED] * 2, ranks.log.read_text()
+    assert 0 < saved(out)["position"]["epoch"] < 6
     trained_on_rows(centrals, out, 2, config)
     assert "continues from" in (tmp_path / "out-log.txt").read_text()
     one, other = last_weights(out), last_weights(uninterrupted)
