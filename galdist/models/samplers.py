@@ -105,9 +105,9 @@ class Crops:
     """
 
     def __init__(self, n_mesh: int, spatial: int, crop: int, overlap: int, alignment: int) -> None:
-        self.periodic = n_mesh <= crop
+        self.whole = n_mesh <= crop
         """Whether a crop is the whole mesh."""
-        if self.periodic:
+        if self.whole:
             axis = [(torch.arange(n_mesh), torch.ones(n_mesh))]
         else:
             for what, cells in (("crop", crop), ("n_mesh", n_mesh)):
