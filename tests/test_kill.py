@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from small_stages import HOLD
 
 import galdist
 from hpc import durable, rank
@@ -38,6 +39,11 @@ class Session:
     out: Path
     process: subprocess.Popen[str] | None = None
 
+    @property
+    def hold(self) -> Path:
+        """While this file is there, the small run stays in the middle of its second step."""
+        return self.folder / "hold"
+
     def start(self) -> None:
         paths = [str(Path(galdist.__file__).parents[1]), str(Path(__file__).parent)]
         self.process = subprocess.Popen(
@@ -46,7 +52,7 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), HOLD: str(self.hold)},
         )
 
     def finish(self, timeout: float) -> tuple[int, str]:
@@ -86,11 +92,11 @@ def until(condition: Callable[[], Any], timeout: float, session: Session | None 
         time.sleep(0.02)
 
 
-def all_gone(session: Session, token: str, timeout: float = 10) -> None:
+def all_gone(session: Session, token: str, timeout: float = 15) -> None:
     until(lambda: session.processes(token) == [], timeout)
 
 
-def small(folder: Path, stage: str, seconds: float) -> Session:
+def small(folder: Path, stage: str) -> Session:
     """A run of two steps, the second of the runtime in question."""
     folder.mkdir()
     steps = [
@@ -99,7 +105,7 @@ def small(folder: Path, stage: str, seconds: float) -> Session:
             "name": "victim",
             "stage": stage,
             "inputs": {"before": "before"},
-            "config": {"n_pieces": 6, "seconds": seconds},
+            "config": {"n_pieces": 6},
         },
         {
             "name": "after",
@@ -115,19 +121,20 @@ def small(folder: Path, stage: str, seconds: float) -> Session:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The result of the small run; it is the same for every runtime."""
-    session = small(tmp_path_factory.mktemp("undisturbed") / "run", "pieces", 0.0)
-    status, text = session.run(60)
+    session = small(tmp_path_factory.mktemp("undisturbed") / "run", "pieces")
+    status, text = session.run(300)
     assert status == 0, text
     return (session.out / "after" / "result.txt").read_text()
 
 
 @pytest.fixture
 def victim(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
-    """The small run in the middle of its second step, two pieces of which are made."""
-    session = small(tmp_path / "run", request.param, 0.4)
+    """The small run held in the middle of its second step, two pieces of which are made."""
+    session = small(tmp_path / "run", request.param)
+    session.hold.touch()
     session.start()
     try:
-        until(lambda: (session.out / "victim" / "piece-1.txt").exists(), 60, session)
+        until(lambda: (session.out / "victim" / "piece-1.txt").exists(), 300, session)
         yield session
     finally:
         if session.process is not None and session.process.poll() is None:
@@ -137,7 +144,8 @@ def victim(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Session]:
 def finishes(session: Session, expected: str) -> None:
     """The same command makes what is missing, and only that."""
     made = {path: path.stat().st_mtime_ns for path in session.out.glob("*/piece-*.txt")}
-    status, text = session.run(90)
+    session.hold.unlink()
+    status, text = session.run(300)
     assert status == 0, text
     assert (session.out / "after" / "result.txt").read_text() == expected
     assert all(path.stat().st_mtime_ns == when for path, when in made.items()), "what was made is kept"
@@ -158,7 +166,7 @@ def test_kill_the_orchestrator(victim: Session, undisturbed: str) -> None:
 def test_a_killed_orchestrators_job_ends_by_itself(victim: Session) -> None:
     token = victim.spec("victim")["token"]
     victim.kill()
-    all_gone(victim, token, timeout=5)
+    all_gone(victim, token)
 
 
 @pytest.mark.parametrize("victim", ["dask", "mpi"], indirect=True)
@@ -167,7 +175,7 @@ def test_stop(victim: Session, undisturbed: str) -> None:
     assert victim.process is not None
     token = victim.spec("victim")["token"]
     victim.process.send_signal(signal.SIGINT)
-    status, text = victim.finish(20)
+    status, text = victim.finish(300)
     assert status == 130
     assert "galdist: stopped in victim" in text
     assert "Continue with: galdist run run.yaml" in text
@@ -181,7 +189,7 @@ def test_the_terminal_is_lost(victim: Session, undisturbed: str) -> None:
     assert victim.process is not None
     token = victim.spec("victim")["token"]
     victim.process.send_signal(signal.SIGHUP)
-    status, text = victim.finish(20)
+    status, text = victim.finish(300)
     assert status == 129
     assert "galdist: stopped in victim" in text
     assert victim.processes(token) == []
@@ -190,13 +198,15 @@ def test_the_terminal_is_lost(victim: Session, undisturbed: str) -> None:
 
 def test_nohup(tmp_path: Path, undisturbed: str) -> None:
     """It goes on without its terminal when told so."""
-    session = small(tmp_path / "run", "pieces", 0.2)
+    session = small(tmp_path / "run", "pieces")
     session.command = ["nohup", *session.command]
+    session.hold.touch()
     session.start()
-    until(lambda: (session.out / "victim" / "piece-1.txt").exists(), 60, session)
+    until(lambda: (session.out / "victim" / "piece-1.txt").exists(), 300, session)
     assert session.process is not None
     session.process.send_signal(signal.SIGHUP)
-    status, text = session.finish(60)
+    session.hold.unlink()
+    status, text = session.finish(300)
     assert status == 0, text
     assert (session.out / "after" / "result.txt").read_text() == undisturbed
 
@@ -207,7 +217,7 @@ def test_kill_a_rank(victim: Session, number: int, undisturbed: str) -> None:
     token = victim.spec("victim")["token"]
     os.kill(victim.child("victim", number), signal.SIGKILL)
     killed = time.monotonic()
-    status, text = victim.finish(30)
+    status, text = victim.finish(300)
     assert time.monotonic() - killed < 15
     assert status == 1
     assert re.search(rf"step victim failed after .*: rank {number}: killed by signal 9 \(SIGKILL", text), text
@@ -223,7 +233,8 @@ def test_kill_a_dask_worker(victim: Session, undisturbed: str) -> None:
     workers = [p for p in main.children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
     assert len(workers) == 2
     workers[0].kill()
-    status, text = victim.finish(60)
+    victim.hold.unlink()
+    status, text = victim.finish(300)
     assert status == 0, text
     assert (victim.out / "after" / "result.txt").read_text() == undisturbed
 
@@ -233,7 +244,7 @@ def test_kill_the_dask_process(victim: Session, undisturbed: str) -> None:
     """The one with client and scheduler: the step fails, its workers end, the same command continues."""
     token = victim.spec("victim")["token"]
     os.kill(victim.child("victim", 0), signal.SIGKILL)
-    status, text = victim.finish(30)
+    status, text = victim.finish(300)
     assert status == 1
     assert "step victim failed" in text
     assert victim.processes(token) == []
@@ -243,11 +254,12 @@ def test_kill_the_dask_process(victim: Session, undisturbed: str) -> None:
 @pytest.mark.parametrize("victim", ["pieces"], indirect=True)
 def test_a_second_run_is_refused_while_the_first_works(victim: Session) -> None:
     second = Session(victim.folder, victim.command, victim.out)
-    status, text = second.run(30)
+    status, text = second.run(300)
     assert status == 2
     assert victim.process is not None
     assert f"in use by another run: process {victim.process.pid} on" in text
-    assert victim.finish(60)[0] == 0
+    victim.hold.unlink()
+    assert victim.finish(300)[0] == 0
 
 
 # The real pipeline, in miniature.
