@@ -155,7 +155,7 @@ def run(
     steps = plan(checked, folder, start_from, chosen)
     pipeline.check_site(steps, machine)
     if dry_run:
-        _print_plan(steps, folder, machine.cores)
+        _print_plan(steps, folder, machine)
         return
     waiting = sum(step.runs for step in steps)
     count = f"{waiting} of {len(steps)} steps to do"
@@ -553,28 +553,30 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _print_plan(steps: "list[PlannedStep]", folder: Path, cores: int) -> None:
+def _print_plan(steps: "list[PlannedStep]", folder: Path, site: "Site") -> None:
     from galdist.status import duration
 
     rows = []
     for entry in steps:
-        asked = entry.step.resources.model_dump(exclude_none=True, exclude={"ranks"})
-        resources = ", ".join(f"{key} {value}" for key, value in asked.items())
-        time = "" if entry.expected is None or not entry.runs else duration(entry.expected)
+        ranks = resources = time = ""
+        if entry.runs:
+            asked = entry.resources(site).model_dump(exclude_none=True)
+            ranks = f"{entry.stage.runtime} x {asked.pop('ranks')}"
+            resources = ", ".join(f"{key} {value}" for key, value in asked.items())
+            time = "" if entry.expected is None else duration(entry.expected)
         rows.append(
             [
                 entry.name,
                 entry.step.stage,
                 "run" if entry.runs else "keep",
                 entry.why,
-                f"{entry.stage.runtime} x {entry.ranks}",
+                ranks,
                 resources,
                 time if entry.measured or not time else f"~{time}",
             ]
         )
-    _table(
-        f"Plan of {folder} ({cores} cores)", ["step", "stage", "", "why", "ranks", "asks for", "time"], rows
-    )
+    cores = f" ({site.cores} cores)" if site.launcher in ("local", "debug") else ""
+    _table(f"Plan of {folder}{cores}", ["step", "stage", "", "why", "ranks", "asks for", "time"], rows)
     waiting = [entry for entry in steps if entry.runs]
     known = [entry.expected for entry in waiting if entry.expected is not None]
     about = f", about {duration(sum(known))}" if waiting and len(known) == len(waiting) else ""

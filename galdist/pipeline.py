@@ -33,7 +33,6 @@ from galdist.status import NO_LOCKS, PLAN, Forecast, duration, estimate, size_te
 from galdist.status import RunView as RunView
 from galdist.status import StepView as StepView
 from hpc import durable, launch, progress, slurm
-from hpc.resources import Resources
 from hpc.site import Site
 from hpc.strict import Problem, SettingsError
 
@@ -301,7 +300,7 @@ class _Execution:
         if job is None:
             return False
         over = job.poll() is not None
-        if not over and before["asked"] != asked(self._site, self._resources(entry)):
+        if not over and before["asked"] != asked(self._site, entry.resources(self._site)):
             id = job.about().id
             if slurm.states([id])[id].is_pending:
                 launch.end_leftovers(folder)
@@ -312,7 +311,7 @@ class _Execution:
     def _prepare(self, name: str) -> Record:
         entry = self._planned[name]
         folder = self._replaced.make_room(entry)
-        record = Record.begin(folder, entry, self._resources(entry), self._site, self._run_seed)
+        record = Record.begin(folder, entry, entry.resources(self._site), self._site, self._run_seed)
         config = yaml.safe_dump(entry.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         durable.write_text(folder / CONFIG, config)
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
@@ -331,24 +330,8 @@ class _Execution:
             },
             "out": str(folder.absolute()),
         }
-        resources = self._resources(entry)
+        resources = entry.resources(self._site)
         return launch.Task("galdist.stages:call", arguments, folder, entry.stage.runtime, resources, label)
-
-    def _resources(self, entry: PlannedStep) -> Resources:
-        """What a step asks for, with what it leaves to others written out."""
-        wanted = entry.step.resources
-        if self._site.launcher not in ("slurm", "allocation"):
-            return wanted.model_copy(update={"ranks": entry.ranks})
-        layout = entry.layout(self._site)
-        return wanted.model_copy(
-            update={
-                "ranks": layout.ranks,
-                "nodes": layout.nodes,
-                "cpus": layout.cpus,
-                "gpus": layout.gpus,
-                "time": wanted.time or self._site.time,
-            }
-        )
 
     def _follow(self, name: str, job: launch.Job, record: Record) -> None:
         view = self._views[name]

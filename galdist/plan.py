@@ -19,7 +19,7 @@ from pydantic_core import to_jsonable_python
 from galdist.config import ExternalPath, Run, Step, external_paths
 from galdist.stages import STAGES, Stage
 from hpc import durable, slurm
-from hpc.resources import Layout
+from hpc.resources import Layout, Resources
 from hpc.site import Site
 from hpc.strict import Problem, SettingsError, StrictModel, nearest
 
@@ -70,10 +70,36 @@ class PlannedStep:
         hpc.strict.SettingsError
             where they do not fit.
         """
+        wanted, runtime = self.step.resources, self.stage.runtime
+        if site.launcher != "allocation":
+            return wanted.layout(runtime, self.stage.ranks)
+        layout = slurm.of_own_job(wanted, runtime).layout(runtime, self.stage.ranks)
+        if runtime == "dask":  # its workers are all on the first node
+            return replace(layout, nodes=1, min_nodes=1, ranks_per_node=layout.ranks)
+        return layout
+
+    def resources(self, site: Site) -> Resources:
+        """What it asks for there, with what the run file leaves open written out.
+
+        Raises
+        ------
+        hpc.strict.SettingsError
+            as `layout`.
+        """
         wanted = self.step.resources
-        if site.launcher == "allocation":
-            wanted = slurm.of_own_job(wanted, self.stage.runtime)
-        return wanted.layout(self.stage.runtime, self.stage.ranks)
+        if site.launcher not in ("slurm", "allocation"):
+            return wanted.model_copy(update={"ranks": self.ranks})
+        layout = self.layout(site)
+        return wanted.model_copy(
+            update={
+                "ranks": layout.ranks,
+                "nodes": layout.nodes,
+                "min_nodes": wanted.min_nodes and layout.min_nodes,
+                "cpus": layout.cpus,
+                "gpus": layout.gpus,
+                "time": wanted.time or site.time,
+            }
+        )
 
 
 def plan(

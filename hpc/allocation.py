@@ -264,6 +264,7 @@ class _Batch:
                     job.say("Slurm has ended the job")
                     return None
                 job.say("goes back into the queue")
+                self.told = None  # Slurm may end this process before it has answered
                 slurm.requeue(own)
                 break
             except slurm.Unreachable as error:
@@ -274,7 +275,7 @@ class _Batch:
             except slurm.SlurmError as error:  # this site does not allow it: whoever follows submits again
                 job.say(f"cannot go back into the queue: {error}")
                 return outcome
-        self.told, deadline = None, time.monotonic() + _REQUEUED
+        deadline = time.monotonic() + _REQUEUED
         while self.told is None and time.monotonic() < deadline:
             time.sleep(_TICK)
         return None

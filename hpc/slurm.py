@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,8 @@ _SILENCE = re.compile(
     r"|establish (a configuration source|control machine address)|unexpected message received",
     re.IGNORECASE,
 )
+_DEAF = ("/bin/sh", "-c", "trap '' TERM; exec \"$@\"", "sh")  # what it runs ignores SIGTERM
+_ENDED = {signal.SIGTERM, signal.SIGKILL}  # by which Slurm ends all of a job, its own commands in it too
 _NOWHERE = (
     "DNS SRV lookup failed"  # the last that Slurm tries where neither SLURM_CONF nor a file names its cluster
 )
@@ -125,13 +128,16 @@ def own_job() -> str | None:
 
 
 def of_own_job(wanted: Resources, runtime: str) -> Resources:
-    """What a DDP or MPI step gets of the job that this process is in, where it leaves open what it asks for.
+    """What a step gets of the job that this process is in, where it leaves open what it asks for.
 
-    That is all nodes (of ranks that it names, as many as these fill evenly) with the ranks that sbatch was
-    told (``--ntasks-per-node``); DDP on GPUs has one rank a GPU. Ranks share the cores of their node.
+    For DDP and MPI that is all nodes (of ranks that it names, as many as these fill evenly) with the ranks
+    that sbatch was told (``--ntasks-per-node``); DDP on GPUs has one rank a GPU. Ranks share the cores of
+    their node. A single process has those of one node. Dask's workers have one core each.
     """
-    if runtime not in ("ddp", "mpi"):
+    if runtime == "dask":
         return wanted
+    if runtime == "serial":
+        return wanted.model_copy(update={"cpus": wanted.cpus or _fewest("SLURM_JOB_CPUS_PER_NODE")})
     most = int(os.environ["SLURM_JOB_NUM_NODES"])
     nodes = wanted.nodes or next(n for n in range(most, 0, -1) if (wanted.ranks or n) % n == 0)
     gpus = wanted.gpus
@@ -426,8 +432,23 @@ def cancel(id: str, signal: str | None = None) -> None:
 
 
 def requeue(id: str) -> None:
-    """Put a running job back into the queue: Slurm ends it and starts it again later, with the same id."""
-    run(["scontrol", "requeue", id])
+    """Put a running job back into the queue: Slurm ends it and starts it again later, with the same id.
+
+    A process of that job may do so: the SIGTERM by which Slurm ends the job reaches scontrol too, maybe
+    before it has its answer, and does not end it.
+
+    Raises
+    ------
+    SlurmError
+        where Slurm refuses.
+    Unreachable
+        where it does not answer, and has not ended the job either.
+    """
+    try:
+        run(["scontrol", "requeue", id], deaf=True)
+    except Unreachable:  # the answer may be lost, and not the request
+        if is_still_running(id):
+            raise
 
 
 def is_still_running(id: str) -> bool:
@@ -486,12 +507,16 @@ _has_answered = False
 """Whether Slurm has ever answered this process. Then it has a configuration, and may only not find it now."""
 
 
-def run(command: Sequence[str]) -> str:
-    """What a command of Slurm prints. It sees nothing of a job around this process."""
+def run(command: Sequence[str], deaf: bool = False) -> str:
+    """What a command of Slurm prints. It sees nothing of a job around this process.
+
+    A ``deaf`` one does not end of SIGTERM either, which Slurm sends to all that is in a job.
+    """
     global _has_answered
+    started = [*_DEAF, *command] if deaf else command
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, env=_environment(), check=False
+            started, capture_output=True, text=True, timeout=_TIMEOUT, env=_environment(), check=False
         )
     except FileNotFoundError:
         raise SlurmError(
@@ -503,6 +528,9 @@ def run(command: Sequence[str]) -> str:
     if done.returncode == 0:
         _has_answered = True
         return done.stdout
+    if -done.returncode in _ENDED:
+        how = signal.Signals(-done.returncode).name
+        raise Unreachable(f"{shlex.join(command)}: ended by {how} before Slurm answered")
     words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
     if _NOWHERE in words and not _has_answered:
         raise SlurmError(

@@ -165,6 +165,28 @@ def test_a_run_from_plan_to_results(tmp_path: Path) -> None:
     assert text.splitlines()[-1] == f"report: {report}", "last, where it is seen"
 
 
+def test_the_plan_of_a_run_in_an_allocation(tmp_path: Path) -> None:
+    """It has what the steps would get of that: here two nodes with three ranks each."""
+    steps = [{"name": stage, "stage": stage} for stage in ("pieces", "dask", "ddp", "mpi")]
+    steps.append({"name": "small", "stage": "ddp", "resources": {"ranks": 1, "cpus": 2}})
+    steps.append({"name": "other", "stage": "one", "inputs": {"source": "pieces"}})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"name": "study", "seed": 1, "steps": steps}))
+    words = ["run", "study.yaml", "--in-allocation", "--dry-run"]
+    words += [word for stage in ("pieces", "dask", "ddp", "mpi") for word in ("--stage", stage)]
+    job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2"}
+    job |= {"SLURM_TASKS_PER_NODE": "3(x2)", "SLURM_JOB_CPUS_PER_NODE": "6(x2)"}
+    title, _, *rows, _ = call(*words, cwd=tmp_path, **job).splitlines()
+    assert title == "Plan of runs/study"
+    assert {row.split()[0]: re.split("  +", row.strip())[4:] for row in rows} == {
+        "pieces": ["serial x 1", "nodes 1, cpus 6, gpus 0"],
+        "dask": ["dask x 2", "nodes 1, cpus 1, gpus 0"],
+        "ddp": ["ddp x 6", "nodes 2, cpus 2, gpus 0"],
+        "mpi": ["mpi x 6", "nodes 2, cpus 2, gpus 0"],
+        "small": ["ddp x 1", "nodes 1, cpus 2, gpus 0"],
+        "other": [],
+    }
+
+
 def test_a_pipe_is_written_line_by_line(tmp_path: Path) -> None:
     """What a step says is there before the run ends."""
     write(tmp_path)

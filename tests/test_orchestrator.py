@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -228,6 +228,46 @@ def test_only_the_job_that_galdist_is_goes_back_into_the_queue(
     assert (requeued, words[:44]) == (False, "; job 12 is not queued again: it runs someth")
     monkeypatch.setenv("SLURM_TASK_PID", str(os.getpid()))
     assert "; job 12 could not be queued again: squeue is not on PATH" in pipeline._queue_again()[1]
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes shell scripts that are taken for Slurm's commands."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(**scripts: str) -> None:
+        for name, script in scripts.items():
+            (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+            (folder / name).chmod(0o755)
+
+    return make
+
+
+def test_who_queues_its_own_job_again_outlives_the_signal_that_follows(
+    commands: Callable[..., None], tmp_path: Path
+) -> None:
+    """It may come before scontrol has its answer, and to both."""
+    commands(scontrol=f"kill -TERM $$ $PPID; sleep 0.2; touch {tmp_path}/answered")
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        slurm.requeue("12")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "answered").exists()
+    assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("lost", ["kill -KILL $$", "echo 'Socket timed out on send/recv' >&2; exit 1"])
+def test_a_lost_answer_is_no_refusal(lost: str, commands: Callable[..., None]) -> None:
+    """What became of the job says whether it was asked."""
+    commands(scontrol=lost, squeue="echo '12|COMPLETING|None|0|1||'")
+    slurm.requeue("12")
+    commands(squeue="echo '12|RUNNING|None|0|0||'")
+    with pytest.raises(slurm.Unreachable, match="scontrol"):
+        slurm.requeue("12")
 
 
 def test_a_file_server_that_is_away_does_not_keep_a_stopped_run_from_going_on() -> None:

@@ -96,7 +96,8 @@ def test_what_cannot_be_laid_out(runtime: str, resources: dict[str, int], key: s
         ("ddp", {"ranks": 1, "cpus": 2}, Layout(1, 1, 1, 2, 0)),
         ("ddp", {"gpus": 3}, Layout(2, 2, 3, 2, 3)),
         ("dask", {}, Layout(2, 2, 1, 1, 0)),
-        ("serial", {}, Layout(1, 1, 1, 1, 0)),
+        ("serial", {}, Layout(1, 1, 1, 6, 0)),
+        ("serial", {"cpus": 2}, Layout(1, 1, 1, 2, 0)),
     ],
 )
 def test_what_is_left_open_in_an_allocation_is_what_sbatch_was_told(

@@ -25,7 +25,8 @@ MEMORY = 200 * 2**20
 def see(out: str) -> None:
     """Write what this rank sees."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "HPC_WORLD_SIZE")
-    seen = {name: os.environ.get(name) for name in (*names, "OMP_NUM_THREADS", "SLURMD_NODENAME")}
+    names += ("OMP_NUM_THREADS", "SLURM_CPUS_ON_NODE", "SLURMD_NODENAME")
+    seen = {name: os.environ.get(name) for name in names}
     rank_ = os.environ.get("RANK", "0")
     durable.write_json(Path(out) / f"seen-{rank_}.json", seen | {"site": os.environ["HPC_SITE"]})
 
@@ -135,7 +136,7 @@ def in_allocation(folder: str) -> None:
     """A batch process that runs steps on the nodes of its job, one of which stops when it is told to."""
     site, room = SITE.in_allocation(), Path(folder)
     outcomes = [wait(launch.submit(task("see", room / "all", "ddp", ranks=4, nodes=2), site))]
-    outcomes.append(wait(launch.submit(task("see", room / "one"), site)))
+    outcomes.append(wait(launch.submit(task("see", room / "one", cpus=2), site)))
     job = launch.submit(task("count", room / "long", "ddp", more={"n": 10**6}, ranks=2, nodes=2), site)
     until(lambda: counted(room / "long") > 2)
     job.cancel()

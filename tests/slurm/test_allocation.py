@@ -1,6 +1,7 @@
 """Steps as Slurm jobs: what ranks see, how they end, and how they are started again. On a real Slurm."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -286,6 +287,24 @@ def test_ranks_that_do_not_listen(options: tuple[str, ...], folder: Path) -> Non
     assert state(folder).state == "CANCELLED"
 
 
+def test_slurm_ends_a_job_that_goes_back_before_it_has_answered(folder: Path, tmp_path: Path) -> None:
+    """It signals every process of the job, scontrol too."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    waits = '[ "$1" != requeue ] || sleep 2'
+    program.write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@"; status=$?; {waits}; exit $status\n')
+    program.chmod(0o755)
+    site = SITE.model_copy(update={"setup": (f"export PATH={program.parent}:$PATH",)})
+    job = submit(task("count", folder, more={"n": 60}), site)
+    until(lambda: counted(folder) > 5)
+    id = job_id(folder)
+    send(folder, "--batch", "--signal=USR2")
+    outcome = wait(job)
+    assert outcome.describe() == "done"
+    assert (job_id(folder), outcome.restarts) == (id, 1)
+    assert "cannot go back into the queue" not in log(folder)
+
+
 def test_where_jobs_may_not_go_back_they_are_submitted_again(folder: Path) -> None:
     site = SITE.model_copy(update={"setup": ("scontrol update job=$SLURM_JOB_ID requeue=0",)})
     job = submit(task("count", folder, more={"n": 60}), site)
@@ -365,3 +384,4 @@ def test_steps_of_this_job(tmp_path: Path) -> None:
     assert "rank 1 saved" in (tmp_path / "long" / "log.1.txt").read_text()
     seen = durable.read_json(tmp_path / "one" / "seen-0.json")
     assert Site.model_validate_json(seen["site"]).launcher == "allocation"
+    assert (seen["OMP_NUM_THREADS"], seen["SLURM_CPUS_ON_NODE"]) == ("2", "2"), "what the step asked for"

@@ -495,9 +495,9 @@ def test_a_run_inside_one_job(make: Callable[..., Run], how: str, tmp_path: Path
     run = make(
         step("a", n_pieces=2),
         step("b", "ddp", seconds=1.0, n_pieces=6, inputs={"before": "a"}, resources={"nodes": 2, "ranks": 2}),
-        step("c", inputs={"before": "b"}),
+        step("c", inputs={"before": "b"}, resources={"cpus": 2}),
     )
-    id = batch(run, site, "--nodes=2", "--ntasks-per-node=1")
+    id = batch(run, site, "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=3")
     until(run.has("b", 1), LONG)
     kept = (run.out / "b" / "piece-0.txt").stat().st_mtime_ns
     subprocess.run(["scancel", *how.split(), id], check=True)
@@ -509,6 +509,8 @@ def test_a_run_inside_one_job(make: Callable[..., Run], how: str, tmp_path: Path
     assert [attempt["error"] for attempt in run.record("b")["attempts"]] == ["stopped"]
     assert run.record("b")["job"]["id"] == id
     assert run.jobs("b") == [], "no job of its own"
+    asked = {name: [run.record(name)["asked"][key] for key in ("nodes", "ranks", "cpus")] for name in "abc"}
+    assert asked == {"a": [1, 1, 3], "b": [2, 2, 3], "c": [1, 1, 2]}
 
 
 def test_a_run_inside_one_job_that_gets_no_further(make: Callable[..., Run], tmp_path: Path) -> None:

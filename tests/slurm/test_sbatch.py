@@ -139,7 +139,7 @@ def test_options_win_over_the_script(desk: Desk) -> None:
 
 def test_steps_take_what_sbatch_was_told(desk: Desk) -> None:
     """But where they say themselves what they want."""
-    words = (tiny(desk.folder), "--set", "halos.resources.cpus=2", "--site", str(DEV))
+    words = (tiny(desk.folder), "--set", "halos.resources.cpus=1", "--site", str(DEV))
     options = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1")
     desk.completes(desk.sbatch("ingest", *words, options=options), 120)
     records = {
@@ -149,7 +149,7 @@ def test_steps_take_what_sbatch_was_told(desk: Desk) -> None:
     asked = {
         step: [record["asked"][key] for key in ("nodes", "ranks", "cpus")] for step, record in records.items()
     }
-    assert asked == {"universe": [2, 4, 1], "halos": [1, 1, 2]}
+    assert asked == {"universe": [2, 4, 1], "halos": [1, 1, 1]}
     assert len(records["universe"]["hosts"]) == 2
 
 
