@@ -3,6 +3,10 @@
 A table has the model's inputs under the names and in the units of the table that the model learned from, or
 under the standard names in standard units (`galdist.catalogs.columns`); other names are told. What comes back
 is a long table: a row for each halo and sample.
+
+For a model that looks at the neighbors of halos the table is one periodic box. It has positions, as the table
+that was learned from has them or as ``x``, ``y``, ``z`` (or ``position`` (n, 3)) in Mpc/h, ``box_size`` is
+told as a number [Mpc/h], and all halos are in memory.
 """
 
 import contextlib
@@ -19,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import galdist
-from galdist.catalogs.columns import QUANTITIES, ColumnSource
+from galdist.catalogs.columns import QUANTITIES, ColumnSource, PositionSource
+from galdist.catalogs.neighbors import Halos
 from galdist.catalogs.samples import rows_per_chunk
 from galdist.simulations.simulation import SimulationError
 from galdist.training.checkpoint import CheckpointError as CheckpointError
-from galdist.training.sample import Union, user_name
+from galdist.training.sample import Drawer, Union, extrapolated
 from hpc import durable
 from hpc.strict import Problem, SettingsError, did_you_mean
 
@@ -36,6 +41,7 @@ _READ = 1 << 16  # rows of a file that are read together
 _SHOWN = 5  # rows that an error names
 _WIDTHS = 10  # of the training range, beyond which numbers are taken for another quantity
 _RESERVED = ("halo", "sample", "quantile", "extrapolated")
+_AXES = ("x", "y", "z")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,12 @@ class Model:
         self.inputs, self.targets = union.inputs, union.targets
         self.columns = union.columns
         """Input or target -> what is known of it: ``units``, ``range`` of the training rows, ``source``."""
-        self._names = {name: user_name(name, union.columns.get(name, {})) for name in union.targets}
+        self.needs_neighbors = union.needs_neighbors
+        """Whether tables need positions and ``box_size``."""
+        self._names = {
+            name: ColumnSource.user_name(name, union.columns.get(name, {}).get("source"))
+            for name in union.targets
+        }
         taken = [*_RESERVED, *self._names.values()]
         for name, source in self._names.items():
             if taken.count(source) > 1:  # it would be two columns of one name
@@ -194,7 +205,7 @@ class Model:
         """Raise `hpc.strict.SettingsError` where the model cannot give what is ``wanted``."""
         if wanted.quantiles:
             try:
-                self._union.quantiles(self.low[None], wanted.quantiles)
+                self._union.require(wanted.quantiles)
             except ValueError as error:
                 raise SettingsError("--quantiles", [Problem((), str(error))]) from error
 
@@ -221,34 +232,56 @@ class Model:
         where
             the table, for messages.
         """
-        union = self._union
-        beyond = np.zeros((2, len(union.inputs)), np.int64)
+        beyond: Counter[tuple[str, int]] = Counter()
         began = time.perf_counter()
-        for number, piece in enumerate(pieces):
-            inputs = _inputs(self, piece, sources, where, done.halos)
-            outside = union.outside(inputs)
+        for number, (inputs, drawer) in enumerate(self._drawers(pieces, sources, wanted, where)):
+            outside = drawer.outside(inputs)
+            odd = extrapolated(outside)
             n, m = len(inputs), wanted.rows_per_halo
             halo = np.repeat(np.arange(done.halos, done.halos + n), m)
             long: dict[str, NDArray[Any]] = {"halo": halo}
             if wanted.samples:
-                values = union.sample(inputs, wanted.samples, wanted.seed, number)
+                values = drawer.sample(inputs, wanted.samples, wanted.seed, number)
                 long["sample"] = np.tile(np.arange(m, dtype=np.int32), n)
             elif wanted.quantiles:
-                values = union.quantiles(inputs, wanted.quantiles)
+                values = drawer.quantiles(inputs, wanted.quantiles)
                 long["quantile"] = np.tile(np.asarray(wanted.quantiles), n)
             else:
-                values = union.point(inputs)[:, None]
-            for i, target in enumerate(union.targets):
+                values = drawer.point(inputs)[:, None]
+            for i, target in enumerate(drawer.targets):
                 long[self._names[target]] = self._restored(target, values[..., i].ravel())
-            long["extrapolated"] = np.repeat(outside.any(1), m)
-            beyond += np.stack([(outside < 0).sum(0), (outside > 0).sum(0)])
+            long["extrapolated"] = np.repeat(odd, m)
+            for name, sides in outside.items():
+                beyond.update({(name, side): int((sides == side).sum()) for side in (-1, 1)})
             done.halos, done.rows = done.halos + n, done.rows + n * m
-            done.extrapolated += int(outside.any(1).sum())
-            done.beyond = {
-                name: (int(low), int(high)) for name, low, high in zip(union.inputs, *beyond, strict=True)
-            }
+            done.extrapolated += int(odd.sum())
+            done.beyond = {name: (beyond[name, -1], beyond[name, 1]) for name in outside}
             done.seconds = time.perf_counter() - began
             yield long
+
+    def _drawers(
+        self, pieces: Iterator[Table], sources: Mapping[str, "Source"], wanted: Wanted, where: str
+    ) -> Iterator[tuple[NDArray[np.float32], Drawer]]:
+        """Inputs of `chunk` halos after another, and what draws for them."""
+        first = 0
+        read: list[tuple[NDArray[np.float32], NDArray[Any]]] = []
+        for piece in pieces:
+            inputs = _inputs(self, piece, sources, where, first)
+            first += len(inputs)
+            if self.needs_neighbors:
+                read.append((inputs, _positions(piece, sources, where)))
+            else:
+                yield inputs, self._union
+        if read:
+            inputs, position = (np.concatenate(each) for each in zip(*read, strict=True))
+            halos = Halos(inputs, position, sources["box_size"].constant)
+            for start in range(0, len(halos), self.chunk(wanted)):
+                rows = np.arange(start, min(start + self.chunk(wanted), len(halos)))
+                try:
+                    drawer = self._union.among(halos, rows)
+                except ValueError as error:
+                    raise SettingsError(where, [Problem((), str(error))]) from error
+                yield inputs[rows], drawer
 
     def _restored(self, target: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """A property in the units of the column whose name it gets."""
@@ -260,7 +293,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input is in a table: a column, or one number for all halos."""
+    """Where an input, or a coordinate, is in a table: a column, or one number for all halos."""
 
     column: ColumnSource | None
     constant: float = 0.0
@@ -340,7 +373,7 @@ def resolve(model: Model, names: Sequence[str], columns: Mapping[str, str], wher
     columns
         what differs: name -> column, ``log10(column)``, or a number that all halos share. The name is either
         standard (``log_halo_mass``: the column is in standard units), or that of the table that the model was
-        trained on (``Mvir``: the column is in the units that it had there).
+        trained on (``Mvir``: the column is in the units that it had there). ``box_size`` is a number.
     where
         the table, for messages.
 
@@ -351,36 +384,55 @@ def resolve(model: Model, names: Sequence[str], columns: Mapping[str, str], wher
     """
     problems: list[Problem] = []
     sources: dict[str, Source] = {}
+    needed = (*model.inputs, *(_AXES if model.needs_neighbors else ()))
     learned = {
         name: ColumnSource.model_validate(about["source"])
         for name, about in model.columns.items()
-        if name in model.inputs and "source" in about
+        if name in needed and "source" in about
     }
-    known = [*model.inputs, *(name for source in learned.values() for name in source.reads)]
+    known = [*needed, *(name for source in learned.values() for name in source.reads)]
+    known += ["box_size"] if model.needs_neighbors else []
     problems += [
         Problem((), f"the model has no input {name!r}{did_you_mean(name, known)}")
         for name in columns
         if name not in known
     ]
 
-    def renamed(source: ColumnSource) -> ColumnSource:
-        changes = {"column": columns.get(source.column, source.column)}
-        if source.per is not None:
-            changes["per"] = columns.get(source.per, source.per)
-        return source.model_copy(update=changes)
+    def here(name: str, source: ColumnSource) -> Source:
+        """A column of the table that was learned from, in this one: it means what it meant there."""
+        text = columns.get(source.column, source.column)
+        given = _parse(text, names) if source.column in columns else Source(ColumnSource(column=text))
+        if given.column is None and source.per is None:
+            alone = {source.column: np.array([given.constant])}
+            value = source.model_copy(update={"component": None}).read(alone, where)
+            return Source(None, float(value[0]))
+        taken = given.column or ColumnSource(column=text)
+        if not taken.log10:
+            per = source.per and columns.get(source.per, source.per)
+            return Source(source.model_copy(update={"column": taken.column, "per": per}))
+        if source.model_dump(exclude_defaults=True, exclude={"units"}) != {"column": source.column}:
+            text = (
+                f"{source.column}={text}: {source.column} is no logarithm, the model makes {name} of it by "
+                f"itself: give {source.column}={taken.column}, or {name}=log10({taken.column})"
+            )
+            problems.append(Problem((), text))
+        return given
 
     free = [name for name in names if name not in known]  # what a missing column may be called
-    for name in model.inputs:
+    for name in needed:
         wanted: list[Source] = []
         if name in columns:
-            given = _parse(columns[name], names)
-            wanted.append(given)
-            if given.column is None and (text := _wrong(model, name, np.array([given.constant]))):
-                problems.append(Problem((), f"{name}={columns[name]} is {text}"))
+            wanted.append(_parse(columns[name], names))
         elif name in learned:
-            wanted.append(Source(renamed(learned[name])))
-        if not wanted or name not in columns:
+            wanted.append(here(name, learned[name]))
+        if wanted and wanted[0].column is None and name in model.inputs:
+            called = name if name in columns else learned[name].column
+            if text := _wrong(model, name, np.array([wanted[0].constant])):
+                problems.append(Problem((), f"{called}={columns[called]} is {text}"))
+        if name not in columns:
             wanted.append(Source(ColumnSource(column=name)))
+            if name not in model.inputs:
+                wanted.append(Source(ColumnSource(column="position", component=_AXES.index(name))))
         found = next((source for source in wanted if all(read in names for read in source.reads)), None)
         if found is not None:
             sources[name] = found
@@ -391,8 +443,17 @@ def resolve(model: Model, names: Sequence[str], columns: Mapping[str, str], wher
         also = f" (or {name})" if missing != name and name not in columns else ""
         hint = did_you_mean(missing, free)
         hint = did_you_mean(name, free) if hint == "." else hint
-        text = f"column {missing!r}{also} is missing: {what} is an input of the model{hint}"
+        role = "is an input of the model" if name in model.inputs else "places halos among their neighbors"
+        text = f"column {missing!r}{also} is missing: {what} {role}{hint}"
         problems.append(Problem((), text))
+    if model.needs_neighbors:
+        sources["box_size"] = _parse(columns.get("box_size", "0"), ())
+        if not 0 < sources["box_size"].constant < np.inf:
+            text = (
+                "the model looks at neighbors, through the faces of a periodic box too: tell its side in "
+                f"Mpc/h as a number, such as box_size=205; got {columns.get('box_size', 'none')}"
+            )
+            problems.append(Problem((), text))
     if not problems and not any(source.reads for source in sources.values()):
         problems.append(Problem((), "all inputs are numbers: name the column of one at least"))
     if problems:
@@ -443,6 +504,19 @@ def _inputs(
     if problems:
         raise SettingsError(where, problems)
     return inputs
+
+
+def _positions(table: Table, sources: Mapping[str, Source], where: str) -> NDArray[Any]:
+    """Positions (n, 3) [Mpc/h] of a piece of a table, in the box."""
+    n = len(next(iter(table.values())))
+    try:
+        parts = {
+            axis: np.full(n, source.constant) if source.column is None else source.column.read(table, where)
+            for axis, source in ((axis, sources[axis]) for axis in _AXES)
+        }
+        return PositionSource(columns=_AXES).read(parts, sources["box_size"].constant, where)
+    except SimulationError as error:
+        raise SettingsError(where, [Problem((), str(error).removeprefix(f"{where}: "))]) from error
 
 
 def _wrong(model: Model, name: str, values: NDArray[Any], column: str = "") -> str:

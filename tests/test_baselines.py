@@ -67,7 +67,8 @@ def write(step: Path, tables: dict[str, dict[str, NDArray[Any]]]) -> Path:
     for name, table in tables.items():
         attrs = SimulationAttrs(name=name, box_size=50.0, redshift=0.0, suite="", cosmology={"Omega_m": 0.3})
         units = {column: quantity.units for column, quantity in QUANTITIES.items()}
-        writer.add(attrs, {"centrals": table}, units, {"centrals": {"source_columns": {"color_gi": "color"}}})
+        facts = {"centrals": {"columns": {"color_gi": {"column": "color"}}}}
+        writer.add(attrs, {"centrals": table}, units, facts)
     writer.finish(list(tables))
     return step
 

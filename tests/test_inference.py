@@ -117,6 +117,17 @@ def test_standard_names_arrays_and_other_names(model: Model) -> None:
     close(model.sample(renamed, 3, columns={"log_halo_mass": "log10(M200)"}), expected)
     constant = model.predict(table, {"spin": "0.05"})
     assert constant.equals(model.predict(table.assign(S_h=0.05)))
+    # So has a number, and a logarithm where the user's column was taken as it is.
+    assert model.predict(table, {"S_h": "0.05"}).equals(constant)
+    close(model.predict(table, {"Mvir": "1e12"}), model.predict(table.assign(Mvir=1e12)))
+    powers = table.assign(S_h=10 ** table["S_h"])
+    close(model.sample(powers, 3, columns={"S_h": "log10(S_h)"}), expected)
+    with pytest.raises(
+        SettingsError, match=r"(?s)Mvir=log10\(M200\): Mvir is no logarithm.*give Mvir=M200, or"
+    ):
+        model.predict(renamed, {"Mvir": "log10(M200)"})
+    with pytest.raises(SettingsError, match=r"Mvir=3 is no halo mass"):
+        model.predict(table, {"Mvir": "3"})
 
 
 def test_a_model_that_knows_no_table_uses_standard_names(folder: Path) -> None:

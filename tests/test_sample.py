@@ -13,6 +13,8 @@ from galdist.catalogs import samples as samples_module
 from galdist.catalogs.catalog import open_catalog
 from galdist.catalogs.samples import Samples, SamplesStore, open_samples
 from galdist.grids.store import StoreError
+from galdist.models import build
+from galdist.models.quantiles import SumOfQuantilesConfig
 from galdist.models.r2unet import R2UNetClassifier, R2UNetClassifierConfig
 from galdist.statistics.metrics import load_metrics
 from galdist.training.checkpoint import CheckpointError, save_model
@@ -197,6 +199,13 @@ def test_a_full_disk_is_told_of(steps: dict[str, Path], tmp_path: Path) -> None:
 def test_what_does_not_fit_is_an_error(steps: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="linear has no quantiles of its own"):
         run(steps, tmp_path / "out", "pointless", levels=(0.5,))
+    medians = build(SumOfQuantilesConfig(inputs=INPUTS, targets=TARGETS))
+    save_model(tmp_path / "medians" / "model", medians, medians.state_dict(), {})
+    with pytest.raises(
+        ValueError, match=r"src has no quantiles of its own at 0\.5, 0\.9, only at 0\.25, 0\.5"
+    ):
+        run(steps | {"both": tmp_path / "medians"}, tmp_path / "out", levels=(0.5, 0.9))
+    assert not (tmp_path / "out").exists()  # nothing was begun
     inputs = {"catalogs": [steps["catalogs"]] * 2, "models": [steps["both"]]}
     with pytest.raises(ValueError, match=r"'one' is in .* and .*: sample them in two steps"):
         sample(SampleConfig(), inputs, tmp_path / "twice")

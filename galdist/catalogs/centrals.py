@@ -19,7 +19,15 @@ from pydantic import Field as Constraint
 from pydantic import NonNegativeFloat, model_validator
 
 from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
-from galdist.catalogs.columns import ColumnName, Columns, Rows, TableSource, check_columns, read_table
+from galdist.catalogs.columns import (
+    ColumnName,
+    Columns,
+    ColumnSource,
+    Rows,
+    TableSource,
+    check_columns,
+    read_table,
+)
 from galdist.catalogs.structure import HalosConfig, read_catalog
 from galdist.config import StrictModel
 from galdist.grids.store import SimulationAttrs, Split, StoreError, unknown_name
@@ -356,15 +364,18 @@ def read_centrals(steps: Sequence[Path], columns: Sequence[str], split: Split | 
                 raise StoreError(
                     f"{store.path}: simulation {name} is in another store too; name each step once"
                 )
-            rows, values = _read_simulation(store, attrs, columns, split)
+            values = simulation_columns(store, name, columns)
+            rows = np.arange(len(values["split"]))
+            if split is not None:
+                rows = np.flatnonzero(values["split"] == SPLITS.index(split))
             held = store.columns(name, TABLE)
-            source = store.facts(name, TABLE).get("source_columns", {})
+            source = store.facts(name, TABLE).get("columns", {})
             for column in columns:
                 units[column] = held.get(column, "")
-                given = source.get(column, column)
+                given = ColumnSource.user_name(column, source.get(column))
                 sources[column] = given if sources.get(column, given) == given else column
             simulations.append(attrs)
-            parts.append((rows, values))
+            parts.append((rows, {column: values[column][rows] for column in columns}))
     if not simulations:
         raise StoreError("no catalogue of centrals given")
     lengths = [len(rows) for rows, _ in parts]
@@ -378,21 +389,26 @@ def read_centrals(steps: Sequence[Path], columns: Sequence[str], split: Split | 
     )
 
 
-def _read_simulation(
-    store: CatalogStore, attrs: SimulationAttrs, columns: Sequence[str], split: Split | None
-) -> tuple[NDArray[np.int64], Columns]:
-    """Rows and columns of one simulation."""
-    held = store.columns(attrs.name, TABLE)
+def simulation_columns(
+    store: CatalogStore, simulation: str, columns: Sequence[str], rows: slice = slice(None)
+) -> Columns:
+    """``columns`` of the table ``centrals`` of one simulation, and ``split``.
+
+    What the table lacks and the simulation's parameters have is taken from there, the same for all ``rows``.
+
+    Raises
+    ------
+    StoreError
+        for a column that is in neither; the message names the nearest.
+    """
+    held = store.columns(simulation, TABLE)
+    attrs = store.attrs(simulation)
     parameters = attrs.cosmology | attrs.astrophysics
     for column in columns:
         if column not in held and column not in parameters:
             known = sorted([*held, *parameters])
-            raise StoreError(unknown_name(f"{store.path}/{attrs.name}/{TABLE}: column", column, known))
-    table = store.table(attrs.name, TABLE, [*dict.fromkeys([*(c for c in columns if c in held), "split"])])
-    rows = np.arange(len(table["split"]))
-    if split is not None:
-        rows = np.flatnonzero(table["split"] == SPLITS.index(split))
-    return rows, {
-        column: table[column][rows] if column in held else np.full(rows.size, parameters[column])
-        for column in columns
-    }
+            raise StoreError(unknown_name(f"{store.path}/{simulation}/{TABLE}: column", column, known))
+    own = dict.fromkeys([*(column for column in columns if column in held), "split"])
+    table = store.table(simulation, TABLE, list(own), rows)
+    constants = (column for column in columns if column not in held)
+    return table | {column: np.full(len(table["split"]), parameters[column]) for column in constants}

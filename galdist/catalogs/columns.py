@@ -131,6 +131,17 @@ class ColumnSource(StrictModel):
         """What the table's column would hold: the inverse of `read`."""
         return np.asarray((10.0**values if self.log10 else values) / self.scale)
 
+    @staticmethod
+    def user_name(name: str, source: Mapping[str, Any] | None) -> str:
+        """What a quantity is called in the table that it came from, where one column there holds it alone.
+
+        ``source``: what is known of where it was, as `model_dump` has it; None where nothing is.
+        """
+        if source is None:
+            return name
+        known = ColumnSource.model_validate(source)
+        return known.column if known.is_invertible else name
+
 
 class PositionSource(StrictModel):
     """Where positions are: three columns, or one that is a vector (HDF5). A list is the short form."""
@@ -152,6 +163,13 @@ class PositionSource(StrictModel):
         if len(columns) not in (1, 3):
             raise ValueError(f"expected three columns (or one that is a vector), got {len(columns)}")
         return columns
+
+    @property
+    def axes(self) -> tuple[ColumnSource, ...]:
+        """Where x, y and z are."""
+        if len(self.columns) == 3:
+            return tuple(ColumnSource(column=name, scale=self.scale) for name in self.columns)
+        return tuple(ColumnSource(column=self.columns[0], component=i, scale=self.scale) for i in range(3))
 
     def read(self, table: Mapping[str, NDArray[Any]], box_size: float, where: str) -> NDArray[Any]:
         """Positions (n, 3) [Mpc/h] in [0, box_size), in the precision of the columns.
@@ -364,13 +382,10 @@ def read_table(source: TableSource) -> Iterator[Rows]:
                 "rows_read": len(kept),
                 "filter": dict(source.filter),
                 **({} if source.citation is None else {"citation": source.citation}),
-                "source_columns": {
-                    key: column.column if column.is_invertible else key
-                    for key, column in source.columns.items()
-                },
                 "columns": {
                     key: column.model_dump(exclude_defaults=True) for key, column in source.columns.items()
                 },
+                **({} if source.position is None else {"position": source.position.model_dump()}),
             },
             np.arange(n_rows)[rows][kept],
         )

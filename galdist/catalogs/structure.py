@@ -154,7 +154,6 @@ def read_catalog(store: CatalogStore, simulation: str, config: HalosConfig) -> R
     facts |= {
         "source": str(store.path),
         "overdensity": config.overdensity.model_dump(),
-        "source_columns": {name: name for name in columns if name in QUANTITIES},
     }
     return Rows(attrs, columns, units, facts, central)
 

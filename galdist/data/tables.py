@@ -3,6 +3,9 @@
 All rows are in memory, as one float32 matrix. The order of the training rows is a permutation that ``(seed,
 epoch)`` decides, and a row's place in it decides its step: any number of ranks trains on the same batches,
 and a resumed run sees what it would have seen.
+
+A model may look at a halo's neighbors (`galdist.models.tables.TableObjective.neighborhood`): these are halos
+of the same simulation, of all splits, for they are inputs only. Who they are is found once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from galdist.catalogs.centrals import read_centrals
+from galdist.catalogs.centrals import Centrals, read_centrals
+from galdist.catalogs.neighbors import Halos, Neighborhood, Neighbors
 from galdist.config import StrictModel
 from galdist.data import Batch, share, steps_to_read
 from galdist.grids.store import Split
@@ -42,7 +46,40 @@ class RowsConfig(StrictModel):
         del scratch
         assert isinstance(objective, TableObjective)
         steps = steps_to_read("catalogs", inputs, objective.config.name)
-        return TableData(steps, objective.inputs, objective.targets)
+        return TableData(steps, objective.inputs, objective.targets, objective.neighborhood)
+
+
+class Surroundings:
+    """Neighbors of n halos as batches have them (`galdist.models.tables.TableObjective`).
+
+    Parameters
+    ----------
+    halos
+        (m, d) inputs of all halos that are somebody's neighbor.
+    neighbors
+        of the n halos; ``row`` is a place in ``halos``.
+    """
+
+    def __init__(self, halos: Tensor, neighbors: Neighbors, device: torch.device) -> None:
+        self._halos = halos.to(device)
+        self._count, self._row, self._distance = (
+            torch.from_numpy(values).to(device)
+            for values in (neighbors.count, neighbors.row, neighbors.distance)
+        )
+        self._first = self._count.cumsum(0) - self._count
+
+    def of(self, rows: Tensor) -> dict[str, Tensor]:
+        """Neighbors of the halos ``rows`` (b,), places from 0 to n - 1, for a batch of these."""
+        count = self._count[rows]
+        receiver = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), count)
+        # The edges of a halo lie beside each other: the k-th of the batch is the (k - those before it)-th.
+        offset = self._first[rows] - (count.cumsum(0) - count)
+        edges = torch.arange(len(receiver), device=rows.device) + offset[receiver]
+        return {
+            "neighbors": self._halos[self._row[edges]],
+            "distance": self._distance[edges],
+            "receiver": receiver,
+        }
 
 
 class RowBatches:
@@ -52,6 +89,7 @@ class RowBatches:
         # Beside each other: a row is one place in memory.
         self._rows = torch.cat([rows.inputs, rows.targets], 1).to(group.device)
         self._n_inputs = rows.inputs.shape[1]
+        self._surroundings = rows.surroundings(group.device)
         self._size = share(batch_size, parts, group.world_size)
         self._group, self._batch_size, self._parts, self._seed = group, batch_size, parts, seed
         self._order = torch.arange(0)
@@ -74,8 +112,12 @@ class RowBatches:
         for part in range(self._parts):
             place = part * self._group.world_size + self._group.rank
             start = self._step * self._batch_size + place * self._size
-            rows = self._rows.index_select(0, self._order[start : start + self._size])
-            batches.append({"inputs": rows[:, : self._n_inputs], "targets": rows[:, self._n_inputs :]})
+            chosen = self._order[start : start + self._size]
+            rows = self._rows.index_select(0, chosen)
+            batch: Batch = {"inputs": rows[:, : self._n_inputs], "targets": rows[:, self._n_inputs :]}
+            if self._surroundings is not None:
+                batch |= self._surroundings.of(chosen)
+            batches.append(batch)
         self._step += 1
         return batches
 
@@ -89,17 +131,27 @@ class TableData:
         step folders that hold a `catalog.zarr` with the table ``centrals``.
     inputs, targets
         columns that the model reads, and those that it learns.
+    neighborhood
+        of each halo that the model looks at; then the tables have positions.
 
     Raises
     ------
     ValueError
-        where a split has no rows, a column is missing, or a number is not finite.
+        where a split has no rows, a column is missing, a number is not finite, or the linking length does
+        not fit into a box.
     """
 
-    def __init__(self, steps: Sequence[Path], inputs: Sequence[str], targets: Sequence[str]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Path],
+        inputs: Sequence[str],
+        targets: Sequence[str],
+        neighborhood: Neighborhood | None = None,
+    ) -> None:
         self._inputs, self._targets = list(inputs), list(targets)
+        around = None if neighborhood is None else _Around(steps, inputs, neighborhood)
         self._training, self._validation = (
-            _read(steps, inputs, targets, split) for split in ("train", "validation")
+            _read(steps, inputs, targets, split, around) for split in ("train", "validation")
         )
 
     def batches(self, group: ddp.Group, batch_size: int, parts: int, seed: int) -> RowBatches:
@@ -141,6 +193,7 @@ class TableData:
         The first ``done`` batches (of all ranks) are left out.
         """
         rows = self._validation
+        surroundings = rows.surroundings(torch.device("cpu"))
         starts = range(0, len(rows.inputs), _VALIDATION_ROWS)
         for first in range(done, len(starts), group.world_size):
             number = first + group.rank
@@ -148,7 +201,10 @@ class TableData:
                 yield None
                 continue
             part = slice(starts[number], starts[number] + _VALIDATION_ROWS)
-            yield {"inputs": rows.inputs[part], "targets": rows.targets[part]}
+            batch: Batch = {"inputs": rows.inputs[part], "targets": rows.targets[part]}
+            if surroundings is not None:
+                batch |= surroundings.of(torch.arange(len(rows.inputs))[part])
+            yield batch
 
     def close(self) -> None:
         """Nothing was kept on the disk."""
@@ -164,31 +220,85 @@ class _Rows:
     """(n, t) float32."""
     ends: NDArray[Any]
     """Where each simulation's rows end."""
+    around: tuple[Tensor, Neighbors] | None
+    """What `Surroundings` are made of, for a model that looks at them."""
+
+    def surroundings(self, device: torch.device) -> Surroundings | None:
+        """Neighbors of the rows."""
+        return None if self.around is None else Surroundings(*self.around, device)
 
 
-def _read(steps: Sequence[Path], inputs: Sequence[str], targets: Sequence[str], split: Split) -> _Rows:
-    centrals = read_centrals(steps, (*inputs, *targets), split)
-    where = ", ".join(str(step / "catalog.zarr") for step in steps)
-    n = len(centrals)
-    if n == 0:
-        raise ValueError(
-            f"{where}: no row of `centrals` has the split {split!r}; give it a share in the step that made "
-            "the table"
+class _Around:
+    """All halos of the tables, and which of them are neighbors of one."""
+
+    def __init__(self, steps: Sequence[Path], inputs: Sequence[str], neighborhood: Neighborhood) -> None:
+        self._neighborhood = neighborhood
+        centrals = read_centrals(steps, (*inputs, "position"), None)
+        _require_finite(centrals, (*inputs, "position"), steps, "")
+        self._inputs = _matrix(centrals, inputs)
+        sizes = np.bincount(centrals.simulation, minlength=len(centrals.simulations))
+        self._first = np.cumsum(sizes) - sizes
+        self._boxes = [
+            Halos(self._inputs[here], centrals.columns["position"][here], attrs.box_size)
+            for here, attrs in zip(
+                map(slice, self._first, self._first + sizes), centrals.simulations, strict=True
+            )
+        ]
+
+    def of(self, rows: Centrals) -> tuple[Tensor, Neighbors]:
+        """What `Surroundings` of these rows are made of."""
+        parts = [
+            halos.neighbors(rows.row[rows.simulation == number], self._neighborhood)
+            for number, halos in enumerate(self._boxes)
+        ]
+        return torch.from_numpy(self._inputs), Neighbors(
+            np.concatenate([part.count for part in parts]),
+            np.concatenate([part.row + first for part, first in zip(parts, self._first, strict=True)]),
+            np.concatenate([part.distance for part in parts]),
         )
-    for column in (*inputs, *targets):
-        wrong = np.flatnonzero(~np.isfinite(centrals.columns[column]))
+
+
+def _read(
+    steps: Sequence[Path],
+    inputs: Sequence[str],
+    targets: Sequence[str],
+    split: Split,
+    around: _Around | None,
+) -> _Rows:
+    centrals = read_centrals(steps, (*inputs, *targets), split)
+    if len(centrals) == 0:
+        raise ValueError(
+            f"{_where(steps)}: no row of `centrals` has the split {split!r}; give it a share in the step "
+            "that made the table"
+        )
+    _require_finite(centrals, (*inputs, *targets), steps, f" of the split {split!r}")
+    ends = np.cumsum(np.bincount(centrals.simulation, minlength=len(centrals.simulations)))
+    return _Rows(
+        torch.from_numpy(_matrix(centrals, inputs)),
+        torch.from_numpy(_matrix(centrals, targets)),
+        ends,
+        None if around is None else around.of(centrals),
+    )
+
+
+def _where(steps: Sequence[Path]) -> str:
+    return ", ".join(str(step / "catalog.zarr") for step in steps)
+
+
+def _require_finite(centrals: Centrals, columns: Sequence[str], steps: Sequence[Path], which: str) -> None:
+    n = len(centrals)
+    for column in columns:
+        values = centrals.columns[column]
+        wrong = np.flatnonzero(~np.isfinite(values.reshape(n, -1)).all(1))
         if wrong.size:
             first = wrong[0]
             name = centrals.simulations[centrals.simulation[first]].name
             raise ValueError(
-                f"{where}: column {column!r} is {centrals.columns[column][first]} in {wrong.size} of {n} "
-                f"rows of the split {split!r}, first in row {centrals.row[first]} of {name}: leave such "
-                "halos out of the table, or this column out of the model"
+                f"{_where(steps)}: column {column!r} is {values[first]} in {wrong.size} of {n} rows{which}, "
+                f"first in row {centrals.row[first]} of {name}: leave such halos out of the table, or this "
+                "column out of the model"
             )
-    ends = np.cumsum(np.bincount(centrals.simulation, minlength=len(centrals.simulations)))
 
-    def matrix(names: Sequence[str]) -> Tensor:
-        values = np.stack([centrals.columns[name] for name in names], axis=1)
-        return torch.from_numpy(values.astype(np.float32))
 
-    return _Rows(matrix(inputs), matrix(targets), ends)
+def _matrix(centrals: Centrals, names: Sequence[str]) -> NDArray[np.float32]:
+    return np.stack([centrals.columns[name] for name in names], axis=1).astype(np.float32)

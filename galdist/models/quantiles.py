@@ -85,7 +85,7 @@ class SumOfQuantiles(TableObjective):
     only.
     """
 
-    LEVELS: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75)
+    LEVELS = (0.25, 0.5, 0.75)
     Config: ClassVar[type[ModelConfig]] = SumOfQuantilesConfig
     config: SumOfQuantilesConfig
 
@@ -240,12 +240,15 @@ class AutoregressiveQuantiles(TableObjective):
     config: AutoregressiveConfig
     _paths: Tensor
 
-    def __init__(self, config: AutoregressiveConfig, parts: Sequence[Objective] = ()) -> None:
+    def __init__(
+        self, config: AutoregressiveConfig, parts: Sequence[Objective] = (), n_embedded: int = 0
+    ) -> None:
+        """``n_embedded``: numbers that a subclass's `known` adds to the inputs."""
         super().__init__(config, parts)
         t = len(self.targets)
         self.gaussianization = Gaussianization(t, config.knots)
         self.networks = nn.ModuleList(
-            _SplineNetwork(len(self.inputs) + before, config.width, config.blocks, config.bins)
+            _SplineNetwork(len(self.inputs) + n_embedded + before, config.width, config.blocks, config.bins)
             for before in range(t)
         )
         sobol = torch.quasirandom.SobolEngine(t, scramble=True, seed=0)
@@ -254,6 +257,10 @@ class AutoregressiveQuantiles(TableObjective):
     def prepare(self, training: TrainingFields) -> None:
         super().prepare(training)
         self.gaussianization.fit(self.scaled_training_targets(training))
+
+    def known(self, batch: Batch) -> Tensor:
+        """What is known of each halo, (b, k): its standardized inputs, and what a subclass adds."""
+        return self.scaled_inputs(batch)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         n, t = self.config.levels, len(self.targets)
@@ -273,7 +280,7 @@ class AutoregressiveQuantiles(TableObjective):
     def sample(self, batch: Batch, n: int, generator: torch.Generator) -> Tensor:
         inputs = batch["inputs"]
         levels = torch.rand(len(inputs), n, len(self.targets), generator=generator, device=inputs.device)
-        return self._own_units(self._draw(self.scaled_inputs(batch), levels))
+        return self._own_units(self._draw(self.known(batch), levels))
 
     def quantiles(self, batch: Batch, levels: Tensor) -> Tensor:
         """Marginal quantiles (b, q, t) at ``levels`` (q,); after the first target from 1024 values a row."""
@@ -291,27 +298,28 @@ class AutoregressiveQuantiles(TableObjective):
     def _score(self, batch: Batch, levels: Tensor) -> Tensor:
         """Sum over targets of twice the mean pinball loss of z at ``levels`` (t, b, n), (b,)."""
         z = self.gaussianization(self.scaled_targets(batch))[0]
-        known = torch.cat([self.scaled_inputs(batch), z], -1)
+        of_halo = self.known(batch)
+        known = torch.cat([of_halo, z], -1)
         score = z.new_zeros(len(z))
         for target, (network, at) in enumerate(zip(self.networks, levels, strict=True)):
-            predicted = network(known[:, : len(self.inputs) + target], at)
+            predicted = network(known[:, : of_halo.shape[1] + target], at)
             score = score + 2 * pinball(predicted, z[:, target, None], at).mean(1)
         return score
 
-    def _draw(self, inputs: Tensor, levels: Tensor) -> Tensor:
-        """z (b, n, k) of the first k targets at ``levels`` (b, n, k), one after another, for standardized
-        ``inputs`` (b, d)."""
+    def _draw(self, of_halo: Tensor, levels: Tensor) -> Tensor:
+        """z (b, n, k) of the first k targets at ``levels`` (b, n, k), one after another, for what is
+        `known` of the halos (b, d)."""
         b, n, k = levels.shape
         low, high = self._range()
-        known = inputs[:, None]  # the first target has the same quantiles in all draws
+        known = of_halo[:, None]  # the first target has the same quantiles in all draws
         drawn: list[Tensor] = []
         for target in range(k):
             at = levels[..., target]
             rows = known.flatten(0, 1)
             z = self.networks[target](rows, at.reshape(len(rows), -1)).view(b, n)
             drawn.append(z.clamp(low[target], high[target]))
-            known = torch.cat([inputs[:, None].expand(-1, n, -1), torch.stack(drawn, -1)], -1)
-        return torch.stack(drawn, -1) if drawn else inputs.new_zeros(b, n, 0)
+            known = torch.cat([of_halo[:, None].expand(-1, n, -1), torch.stack(drawn, -1)], -1)
+        return torch.stack(drawn, -1) if drawn else of_halo.new_zeros(b, n, 0)
 
     def _median(self, batch: Batch, paths: int) -> Tensor:
         return self._marginals(batch, torch.tensor([0.5], device=self._paths.device), self._paths[:paths])[
@@ -320,18 +328,18 @@ class AutoregressiveQuantiles(TableObjective):
 
     def _marginals(self, batch: Batch, levels: Tensor, paths: Tensor) -> Tensor:
         """Marginal quantiles (b, q, t) at ``levels`` (q,), own units, over draws at ``paths`` (s, t)."""
-        parts = self.scaled_inputs(batch).split(_ROWS // len(paths))
-        z = torch.cat([self._marginals_of_z(inputs, levels, paths) for inputs in parts])
+        parts = self.known(batch).split(_ROWS // len(paths))
+        z = torch.cat([self._marginals_of_z(of_halo, levels, paths) for of_halo in parts])
         return self._own_units(z.clamp(*self._range()))
 
-    def _marginals_of_z(self, inputs: Tensor, levels: Tensor, paths: Tensor) -> Tensor:
-        b, (s, t) = len(inputs), paths.shape
-        marginals = [self.networks[0](inputs, levels.expand(b, -1))]
-        before = self._draw(inputs, paths[:, : t - 1].expand(b, -1, -1))
+    def _marginals_of_z(self, of_halo: Tensor, levels: Tensor, paths: Tensor) -> Tensor:
+        b, (s, t) = len(of_halo), paths.shape
+        marginals = [self.networks[0](of_halo, levels.expand(b, -1))]
+        before = self._draw(of_halo, paths[:, : t - 1].expand(b, -1, -1))
         for target in range(1, t):
-            known = torch.cat([inputs[:, None].expand(-1, s, -1), before[..., :target]], -1).flatten(0, 1)
+            known = torch.cat([of_halo[:, None].expand(-1, s, -1), before[..., :target]], -1).flatten(0, 1)
             # Every path its own levels: together they are spread as evenly as one draw's of many.
-            each = torch.arange(_PATH_LEVELS, device=inputs.device)
+            each = torch.arange(_PATH_LEVELS, device=of_halo.device)
             at = (each + paths[:, target, None]) / _PATH_LEVELS
             pooled = self.networks[target](known, at.repeat(b, 1)).view(b, -1)
             marginals.append(torch.quantile(pooled, levels, dim=1).T)

@@ -16,6 +16,7 @@ from pydantic import Field as Constraint
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
+from galdist.catalogs.neighbors import Neighborhood
 from galdist.models import Batch, ModelConfig, Objective, TrainingFields
 
 Columns = Annotated[tuple[str, ...], Constraint(min_length=1)]
@@ -48,8 +49,10 @@ class TableObjective(Objective):
     """p(galaxy properties | halo), row by row.
 
     A batch holds ``inputs`` (b, d) and, but for predictions, ``targets`` (b, t): float32, in the columns' own
-    units, columns in the order of `inputs` and `targets`. All tensors below are on the batch's device. The
-    loss of `forward` is the mean over rows.
+    units, columns in the order of `inputs` and `targets`. That of a model with a `neighborhood` also has, of
+    the e neighbors of all its halos together, ``neighbors`` (e, d): their inputs, ``distance`` (e,) [Mpc/h],
+    and ``receiver`` (e,): whose neighbor each is, a row of the batch, not falling. All tensors below are on
+    the batch's device. The loss of `forward` is the mean over rows.
 
     Raises
     ------
@@ -57,9 +60,14 @@ class TableObjective(Objective):
         for ``parts``: tables are learned from the columns alone.
     """
 
+    LEVELS: ClassVar[tuple[float, ...]] = ()
+    """At which `quantiles` are known, for a family that has no others."""
+
     config: TableConfig
     targets: tuple[str, ...]
     """Columns whose distribution is learned."""
+    neighborhood: Neighborhood | None = None
+    """Which halos around one it looks at."""
     input_mean: Tensor
     input_std: Tensor
     input_low: Tensor

@@ -4,7 +4,6 @@ Random forest, gradient boosting, and abundance with age matching. They fill the
 stage `sample`, draws joint over the targets as far as the method goes, and nothing of them is kept but that.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from galdist.catalogs.centrals import Centrals, read_centrals
 from galdist.config import StrictModel
 from galdist.grids.store import unknown_name
 from galdist.models.tables import TableConfig
-from galdist.training.sample import Level, SampleConfig, fill
+from galdist.training.sample import Drawer, Level, SampleConfig, fill
 from hpc import ddp
 
 Array = NDArray[np.float64]
@@ -188,8 +187,8 @@ def fit(config: BaselineConfig, catalogs: Sequence[Path]) -> "Baseline":
     return Matching(config, config.method, rows)
 
 
-class Baseline(ABC):
-    """A fitted baseline, used as `galdist.training.sample.Union` is."""
+class Baseline(Drawer):
+    """A fitted baseline."""
 
     checkpoints: tuple[str, ...] = ()
 
@@ -206,18 +205,6 @@ class Baseline(ABC):
     @staticmethod
     def _matrix(rows: Centrals, names: Sequence[str]) -> Array:
         return np.stack([rows.columns[name].astype(np.float64) for name in names], 1)
-
-    @abstractmethod
-    def point(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Best single values (n, t) for inputs (n, d)."""
-
-    @abstractmethod
-    def sample(self, inputs: NDArray[np.float32], n: int, seed: int, chunk: int = 0) -> NDArray[np.float32]:
-        """``n`` draws for each row, (rows, n, t): the same for the same rows, ``seed`` and ``chunk``."""
-
-    @abstractmethod
-    def quantiles(self, inputs: NDArray[np.float32], levels: Sequence[float]) -> NDArray[np.float32]:
-        """Marginal quantiles (n, q, t) at ``levels``."""
 
 
 class Forest(Baseline):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import galdist
 from galdist.catalogs.catalog import open_catalog
+from galdist.catalogs.columns import PositionSource
 from galdist.models import Objective, from_description
 from galdist.models.tables import TableObjective
 from hpc import durable
@@ -192,7 +193,9 @@ def table_facts(objective: Objective, catalogs: Sequence[Path]) -> dict[str, Any
 
     ``columns``: of each input and target its role, units, range over the training rows, and its ``source``:
     what it is in the user's table (`galdist.catalogs.columns.ColumnSource`), where all tables agree.
-    ``citation``: what the tables ask to be cited.
+    ``citation``: what the tables ask to be cited. Of a model that looks at neighbors, the columns ``x``,
+    ``y``, ``z`` are those of positions, and ``halo_density`` is the range, over the simulations with training
+    rows, of the mean number of halos [(h/Mpc)^3].
 
     Parameters
     ----------
@@ -206,6 +209,8 @@ def table_facts(objective: Objective, catalogs: Sequence[Path]) -> dict[str, Any
     units: dict[str, str] = {}
     sources: dict[str, list[Any]] = {name: [] for name in objective.fields}
     citations: dict[str, None] = {}
+    positions: list[Any] = []
+    densities: list[float] = []
     for step in catalogs:
         store = open_catalog(step / "catalog.zarr")
         for simulation in store.names():
@@ -215,6 +220,11 @@ def table_facts(objective: Objective, catalogs: Sequence[Path]) -> dict[str, Any
                 found.append(facts.get("columns", {}).get(name))
             if citation := facts.get("citation"):
                 citations[str(citation)] = None
+            if objective.neighborhood is not None:
+                positions.append(facts.get("position"))
+                split = store.table(simulation, "centrals", ["split"])["split"]
+                if (split == 0).any():
+                    densities.append(len(split) / store.attrs(simulation).box_size ** 3)
     columns: dict[str, Any] = {}
     for role, names in (("input", objective.inputs), ("target", objective.targets)):
         low, high = (objective.get_buffer(f"{role}_{end}").tolist() for end in ("low", "high"))
@@ -223,7 +233,17 @@ def table_facts(objective: Objective, catalogs: Sequence[Path]) -> dict[str, Any
             first = sources[name][0] if sources[name] else None
             if first is not None and all(other == first for other in sources[name]):
                 columns[name]["source"] = first
-    return {"columns": columns, **({"citation": list(citations)} if citations else {})}
+    about: dict[str, Any] = {"columns": columns}
+    if objective.neighborhood is not None:
+        columns |= {axis: {"role": "position", "units": "Mpc/h"} for axis in "xyz"}
+        if positions and positions[0] is not None and all(other == positions[0] for other in positions):
+            for axis, source in zip("xyz", PositionSource.model_validate(positions[0]).axes, strict=True):
+                columns[axis]["source"] = source.model_dump(exclude_defaults=True)
+        if densities:
+            about["halo_density"] = [min(densities), max(densities)]
+    if citations:
+        about["citation"] = list(citations)
+    return about
 
 
 def describe_model(step: Path) -> dict[str, Any]:

@@ -6,12 +6,15 @@ Rows are drawn in chunks, and a chunk's draws depend on the seed and its number 
 whatever order, on however many ranks. In memory are a chunk of samples and the rows that it is made for.
 """
 
+import copy
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +24,13 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from galdist.catalogs.catalog import CatalogStore, open_catalog
-from galdist.catalogs.centrals import SPLITS, TABLE
+from galdist.catalogs.centrals import SPLITS, TABLE, simulation_columns
 from galdist.catalogs.columns import ColumnSource
+from galdist.catalogs.neighbors import Halos
 from galdist.catalogs.samples import SamplesStore, create_samples, open_samples
 from galdist.config import StrictModel
-from galdist.grids.store import SimulationAttrs, StoreError, unknown_name
+from galdist.data.tables import Surroundings
+from galdist.grids.store import SimulationAttrs
 from galdist.models.tables import TableObjective
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import CheckpointError, describe_model, load_model
@@ -33,6 +38,7 @@ from hpc import ddp, durable, progress
 
 _DRAWS = 1 << 13  # that a model makes at a time at most: its layers fit into the cache of a processor
 _ROWS = 1 << 12  # that a model looks at at a time at most
+_LIKE = 1.5  # factor between mean densities of halos that are taken for alike
 
 Level = Annotated[float, Constraint(gt=0, lt=1)]
 
@@ -51,53 +57,80 @@ class SampleConfig(StrictModel):
     seed: NonNegativeInt = 0
 
 
-class Drawer(Protocol):
-    """What gives halos galaxies. Arrays are as `Union` has them."""
+class Drawer(ABC):
+    """What gives halos galaxies.
 
-    @property
-    def name(self) -> str:
-        """Of the family."""
+    Arrays in and out are NumPy's, in the columns' own units; inputs (n, d) in the order of `inputs`, results
+    in the order of `targets`.
+    """
 
-    @property
-    def inputs(self) -> tuple[str, ...]: ...
+    name: str
+    """Of the family."""
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    units: Mapping[str, str]
+    """Of the targets."""
+    source_columns: Mapping[str, str]
+    """Target -> its name in the table that was learned from."""
+    checkpoints: Sequence[str]
+    """sha256 of the weights, where there are any."""
+    low: NDArray[np.float32]
+    """(d,) least training values of the inputs."""
+    high: NDArray[np.float32]
+    """(d,) greatest ones."""
+    needs_neighbors: bool = False
+    """Whether it draws only after it was told of these, by `among`."""
 
-    @property
-    def targets(self) -> tuple[str, ...]: ...
+    @abstractmethod
+    def point(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Best single values (n, t)."""
 
-    @property
-    def units(self) -> Mapping[str, str]:
-        """Of the targets."""
+    @abstractmethod
+    def sample(self, inputs: NDArray[np.float32], n: int, seed: int, chunk: int = 0) -> NDArray[np.float32]:
+        """``n`` draws for each row, (rows, n, t): the same for the same rows, ``seed`` and ``chunk``."""
 
-    @property
-    def source_columns(self) -> Mapping[str, str]:
-        """Target -> its name in the table that was learned from."""
+    @abstractmethod
+    def quantiles(self, inputs: NDArray[np.float32], levels: Sequence[float]) -> NDArray[np.float32]:
+        """Marginal quantiles (n, q, t) at ``levels``.
 
-    @property
-    def checkpoints(self) -> Sequence[str]:
-        """sha256 of the weights, where there are any."""
+        Raises
+        ------
+        ValueError
+            where it has none of its own there.
+        """
 
-    @property
-    def low(self) -> NDArray[np.float32]:
-        """(d,) least training values of the inputs."""
+    def require(self, levels: Sequence[float]) -> None:
+        """Raise ValueError where there are no `quantiles` at these levels."""
+        if levels:
+            self.quantiles(self.low[None], levels)
 
-    @property
-    def high(self) -> NDArray[np.float32]:
-        """(d,) greatest ones."""
+    def among(self, halos: Halos, rows: NDArray[np.int64]) -> "Drawer":
+        """The same for the halos ``rows`` among ``halos``: the inputs it gets next are these, in this order.
 
-    def point(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]: ...
+        Raises
+        ------
+        ValueError
+            where neighbors cannot be had.
+        """
+        del halos, rows
+        return self
 
-    def sample(
-        self, inputs: NDArray[np.float32], n: int, seed: int, chunk: int = 0
-    ) -> NDArray[np.float32]: ...
+    def outside(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.int8]]:
+        """Input -> (n,): -1 below the range of the training rows, 1 above it, 0 within."""
+        above, below = inputs > self.high, inputs < self.low
+        return dict(zip(self.inputs, (above.astype(np.int8) - below.astype(np.int8)).T, strict=True))
 
-    def quantiles(self, inputs: NDArray[np.float32], levels: Sequence[float]) -> NDArray[np.float32]: ...
+
+def extrapolated(outside: Mapping[str, NDArray[np.int8]]) -> NDArray[np.bool_]:
+    """Which halos something of is `Drawer.outside` the training range, (n,)."""
+    return np.any([values != 0 for values in outside.values()], axis=0)
 
 
-class Union:
+class Union(Drawer):
     """Trained models of tables with different targets, side by side: as one model of all of these.
 
-    Between two models the draws are independent given the halo. Arrays in and out are NumPy's, in the
-    columns' own units; inputs (n, d) in the order of `inputs`, results in the order of `targets`.
+    Between two models the draws are independent given the halo. Models that look at neighbors find them by
+    `among`, each within its own linking length.
 
     Parameters
     ----------
@@ -121,6 +154,7 @@ class Union:
         self.columns: dict[str, dict[str, Any]] = {}
         """What `model.yaml` says of each input and target (`galdist.training.checkpoint.table_facts`)."""
         owner: dict[str, Path] = {}
+        densities: list[tuple[float, float]] = []
         for step in steps:
             objective, checksum = load_model(step)
             if not isinstance(objective, TableObjective):
@@ -137,20 +171,28 @@ class Union:
                 owner[target] = step
             self.models.append(objective.to(self._device))
             self.checkpoints.append(checksum)
-            for name, about in describe_model(step).get("columns", {}).items():
+            description = describe_model(step)
+            for name, about in description.get("columns", {}).items():
                 self.columns.setdefault(name, about)
+            if "halo_density" in description:
+                low, high = description["halo_density"]
+                densities.append((low / _LIKE, high * _LIKE))
         self.inputs = tuple(dict.fromkeys(name for model in self.models for name in model.inputs))
         self.targets = tuple(owner)
         about = {name: facts for name, facts in self.columns.items() if name in self.targets}
         self.units = {name: str(facts["units"]) for name, facts in about.items()}
-        """Of the targets."""
-        self.source_columns = {name: user_name(name, facts) for name, facts in about.items()}
-        """Target -> its name in the table that was learned from."""
+        self.source_columns = {
+            name: ColumnSource.user_name(name, facts.get("source")) for name, facts in about.items()
+        }
         self.name = " + ".join(dict.fromkeys(model.config.name for model in self.models))
         """Names of the families."""
         self._places = [[self.inputs.index(name) for name in model.inputs] for model in self.models]
         self.low, self.high = (self._range(end) for end in ("low", "high"))
         """Range (d,) of each input over the training rows, the narrowest where models differ."""
+        self.needs_neighbors = any(model.neighborhood is not None for model in self.models)
+        self._densities = densities
+        self._density: float | None = None
+        self._surroundings: list[Surroundings | None] | None = None
 
     def _range(self, end: str) -> NDArray[np.float32]:
         found = np.full((len(self.models), len(self.inputs)), np.nan, np.float32)
@@ -158,9 +200,35 @@ class Union:
             found[k, places] = model.get_buffer(f"input_{end}").cpu().numpy()
         return np.asarray(np.nanmax(found, axis=0) if end == "low" else np.nanmin(found, axis=0))
 
-    def outside(self, inputs: NDArray[np.float32]) -> NDArray[np.int8]:
-        """For each input (n, d): -1 below the range of the training rows, 1 above it, 0 within."""
-        return (inputs > self.high).astype(np.int8) - (inputs < self.low).astype(np.int8)
+    def among(self, halos: Halos, rows: NDArray[np.int64]) -> "Union":
+        if not self.needs_neighbors:
+            return self
+        bound = copy.copy(self)
+        bound._density = halos.density
+        bound._surroundings = [
+            None
+            if model.neighborhood is None
+            else Surroundings(
+                torch.from_numpy(halos.inputs[:, places]),
+                halos.neighbors(rows, model.neighborhood),
+                self._device,
+            )
+            for model, places in zip(self.models, self._places, strict=True)
+        ]
+        return bound
+
+    def outside(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.int8]]:
+        """As `Drawer.outside`; ``halo_density`` is that of the halos of the table, the same for all of them.
+
+        It is outside where it differs by more than half from that of all training simulations: neighbors are
+        then others than those that were learned from.
+        """
+        found = super().outside(inputs)
+        if self._density is not None and self._densities:
+            low, high = (np.array(ends) for ends in zip(*self._densities, strict=True))
+            side = int((self._density > high).any()) - int((self._density < low).any())
+            found["halo_density"] = np.full(len(inputs), side, np.int8)
+        return found
 
     def point(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Best single values (n, t); whether means or medians, the families say."""
@@ -178,25 +246,25 @@ class Union:
         return self._each(inputs, rows, lambda k, model, batch: model.sample(batch, n, generators[k]))
 
     def quantiles(self, inputs: NDArray[np.float32], levels: Sequence[float]) -> NDArray[np.float32]:
-        """Marginal quantiles (n, q, t) at ``levels``.
-
-        Raises
-        ------
-        ValueError
-            where a model has no quantiles of its own.
-        """
         wanted = torch.tensor(levels, dtype=torch.float32, device=self._device)
 
         def of(k: int, model: TableObjective, batch: dict[str, Tensor]) -> Tensor:
             found = model.quantiles(batch, wanted)
             if found is None:
+                only = f", only at {', '.join(map(str, model.LEVELS))}" if model.LEVELS else ""
+                given = ", ".join(map(str, levels))
                 raise ValueError(
-                    f"{model.config.name} has no quantiles of its own at {', '.join(map(str, levels))}: ask "
-                    "for samples, and take theirs"
+                    f"{model.config.name} has no quantiles of its own at {given}{only}: ask for samples, and "
+                    "take theirs"
                 )
             return found
 
         return self._each(inputs, max(1, min(_ROWS, _DRAWS // len(levels))), of)
+
+    def require(self, levels: Sequence[float]) -> None:
+        alone = Halos(self.low[None], np.zeros((1, 3)), box_size=1e6)
+        if levels:
+            self.among(alone, np.zeros(1, np.int64)).quantiles(self.low[None], levels)
 
     def _each(
         self,
@@ -205,21 +273,22 @@ class Union:
         ask: Callable[[int, TableObjective, dict[str, Tensor]], Tensor],
     ) -> NDArray[np.float32]:
         """What ``ask(number, model, batch)`` gives of batches of rows, targets of all models side by side."""
+        if self.needs_neighbors and self._surroundings is None:
+            raise ValueError(f"{self.name} looks at the neighbors of halos: give them first, by `among`")
         parts = []
         with torch.inference_mode():
             for start in range(0, len(inputs), rows):
                 part = torch.from_numpy(inputs[start : start + rows]).to(self._device)
-                found = [
-                    ask(k, model, {"inputs": part[:, self._places[k]]}) for k, model in enumerate(self.models)
-                ]
+                here = torch.arange(start, start + len(part), device=self._device)
+                found = []
+                for k, model in enumerate(self.models):
+                    batch = {"inputs": part[:, self._places[k]]}
+                    surroundings = None if self._surroundings is None else self._surroundings[k]
+                    if surroundings is not None:
+                        batch |= surroundings.of(here)
+                    found.append(ask(k, model, batch))
                 parts.append(torch.cat(found, -1).float().cpu().numpy())
         return np.concatenate(parts)
-
-
-def user_name(name: str, about: Mapping[str, Any]) -> str:
-    """What a column is called in the user's table, where that holds it alone (``about``: as in `columns`)."""
-    source = ColumnSource.model_validate(about["source"]) if "source" in about else None
-    return source.column if source is not None and source.is_invertible else name
 
 
 def _seed(seed: int, model: int, chunk: int) -> int:
@@ -246,7 +315,7 @@ def sample(config: SampleConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     ------
     ValueError
         where there are no such rows, the tables lack what a model reads, or quantiles are asked of a model
-        that has none.
+        that has none there. Nothing was written then.
     hpc.ddp.Stopped
         where a signal asked to stop, before the next chunk; chunks that are done stay.
     """
@@ -266,6 +335,7 @@ def fill(
 
     Parameters and errors are those of `sample`.
     """
+    model.require(config.levels)
     tables = _tables(catalogs, config.split, model)
     path, parts = out / "samples.zarr", out / "parts"
     if group.is_main:
@@ -298,6 +368,7 @@ class _Table:
     store: CatalogStore
     attrs: SimulationAttrs
     rows: NDArray[np.int64]
+    inputs: tuple[str, ...]
     truth: bool
     """Whether it holds all targets."""
 
@@ -307,31 +378,31 @@ class _Table:
 
     def read(self, columns: Sequence[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Columns (n, d) of sorted ``rows``; those that the table lacks are parameters of the simulation."""
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        held = self.store.columns(self.name, TABLE)
-        found = self.store.table(
-            self.name, TABLE, [name for name in columns if name in held], slice(first, last)
-        )
-        parameters = self.attrs.cosmology | self.attrs.astrophysics
-        values = [
-            found[name][rows - first] if name in found else np.full(len(rows), parameters[name])
-            for name in columns
-        ]
-        return np.stack(values, axis=1).astype(np.float32)
+        first = int(rows[0])
+        found = simulation_columns(self.store, self.name, columns, slice(first, int(rows[-1]) + 1))
+        return np.stack([found[name][rows - first] for name in columns], axis=1).astype(np.float32)
+
+    def drawer(self, model: Drawer, rows: NDArray[np.int64]) -> Drawer:
+        """``model``, told of the neighbors of ``rows`` where it looks at them."""
+        return model.among(self._halos, rows) if model.needs_neighbors else model
+
+    @cached_property
+    def _halos(self) -> Halos:
+        """All rows, of every split."""
+        found = simulation_columns(self.store, self.name, [*self.inputs, "position"])
+        matrix = np.stack([found[name] for name in self.inputs], axis=1).astype(np.float32)
+        return Halos(matrix, found["position"], self.attrs.box_size)
 
 
 def _tables(steps: Sequence[Path], split: str, model: Drawer) -> list[_Table]:
     tables: list[_Table] = []
     seen: dict[str, Path] = {}
     where = ", ".join(str(step / "catalog.zarr") for step in steps)
+    needed = [*model.inputs, *(["position"] if model.needs_neighbors else [])]
     for step in steps:
         store = open_catalog(step / "catalog.zarr")
         for name in store.names():
-            held = store.columns(name, TABLE)
-            attrs = store.attrs(name)
-            for column in model.inputs:
-                if column not in held and column not in attrs.cosmology | attrs.astrophysics:
-                    raise StoreError(unknown_name(f"{store.path}/{name}/{TABLE}: column", column, list(held)))
+            simulation_columns(store, name, needed, slice(0, 0))  # says what is missing
             codes = store.table(name, TABLE, ["split"])["split"]
             wanted = np.full(len(codes), True) if split == "all" else codes == SPLITS.index(split)
             rows = np.flatnonzero(wanted)
@@ -340,7 +411,8 @@ def _tables(steps: Sequence[Path], split: str, model: Drawer) -> list[_Table]:
             if name in seen:
                 raise ValueError(f"{name!r} is in {seen[name]} and {store.path}: sample them in two steps")
             seen[name] = store.path
-            tables.append(_Table(store, attrs, rows, set(model.targets) <= held.keys()))
+            truth = set(model.targets) <= store.columns(name, TABLE).keys()
+            tables.append(_Table(store, store.attrs(name), rows, model.inputs, truth))
     if not tables:
         raise ValueError(f"{where}: no row has the split {split!r}; choose another `split`")
     return tables
@@ -388,15 +460,15 @@ class _Sampling:
 
     def chunk(self, number: int, table: _Table, start: int) -> None:
         """Make a chunk and write it."""
-        model, config = self.model, self.config
-        rows = table.rows[start : start + self.store.chunk]
-        inputs = table.read(model.inputs, rows)
+        config, rows = self.config, table.rows[start : start + self.store.chunk]
+        inputs = table.read(table.inputs, rows)
         began = time.perf_counter()
+        model = table.drawer(self.model, rows)
         point = model.point(inputs)
         samples = model.sample(inputs, config.samples, config.seed, number)
         quantiles = model.quantiles(inputs, config.levels) if config.levels else None
         seconds = time.perf_counter() - began
-        extrapolated = np.asarray(((inputs < model.low) | (inputs > model.high)).any(axis=1))
+        beyond = extrapolated(model.outside(inputs))
         squares: list[float] = []
         if table.truth:
             errors = point.astype(np.float64) - table.read(model.targets, rows)
@@ -404,11 +476,11 @@ class _Sampling:
         about = {
             "rows": len(rows),
             "seconds": seconds,
-            "extrapolated": int(np.count_nonzero(extrapolated)),
+            "extrapolated": int(np.count_nonzero(beyond)),
             "squares": squares,
         }
         with durable.room_for(f"chunk {number} of {table.name}", self.store.path):
-            self.store.write(table.name, start, rows, point, samples, extrapolated, quantiles)
+            self.store.write(table.name, start, rows, point, samples, beyond, quantiles)
             durable.write_json(self.part(number), about)
 
     def save_metrics(self, out: Path, n_chunks: int) -> None:

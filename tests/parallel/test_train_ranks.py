@@ -316,6 +316,37 @@ def test_ranks_train_on_rows_as_one_does(
     assert {row["metric"]: row["value"] for row in results(out)} == pytest.approx(metrics, rel=1e-3)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "src": {"hidden": [8]},
+    "sqr": {"hidden": [8]},
+    "autoregressive-sqr": {"width": 8, "blocks": 1, "bins": 4},
+    "graph-sqr": {"width": 8, "blocks": 1, "bins": 4, "message": 8, "neighbors": {"linking_length": 4.0}},
+    "nn-class": {},
+    "voronoi": {},
+    "nn-gauss": {},
+    "flow": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks_learn_every_family_of_tables_as_one_does(
+    centrals: Path, tmp_path: Path, name: str
+) -> None:
+    """With the same levels of quantiles on all ranks, which otherwise each draws for itself."""
+    model = {"name": name, "inputs": ["log_halo_mass", "spin"], "targets": ["log_stellar_mass", "color_gi"]}
+    config = ROWS | {"model": model | FAMILIES[name], "epochs": 1, "batch_size": 128}
+    found = []
+    for n_ranks in (1, 2):
+        out = tmp_path / str(n_ranks)
+        with Ranks("train", config, {"catalogs": [centrals]}, out, n_ranks, ("fixed_levels",)) as ranks:
+            ranks.succeed()
+        found.append(last_weights(out))
+    for key, value in found[0].items():
+        torch.testing.assert_close(
+            found[1][key], value, atol=1e-5, rtol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
 def test_ranks_that_train_on_rows_stop_together_and_go_on(centrals: Path, tmp_path: Path) -> None:
     """Each draws its own random numbers."""
     config = ROWS | {"model": {"name": "gaussian", "noise": 0.3}, "epochs": 6}
