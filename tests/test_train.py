@@ -211,7 +211,7 @@ def test_a_killed_training_ends_with_the_same_weights(
     grids: Path, uninterrupted: Path, tmp_path: Path, step: int
 ) -> None:
     out = tmp_path / "out"
-    moment = Moment(signal.SIGKILL, f"checkpoints/step-000000{step:02d}")
+    moment = Moment(signal.SIGKILL, f"checkpoints/step-000000{step:02d}", rank=0)
     with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=moment) as ranks:
         assert ranks.wait() == [-signal.SIGKILL]
     assert not (out / "model").exists()
@@ -227,7 +227,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
     grids: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    moment = Moment(signal.SIGKILL, "checkpoints/step-00000020")
+    moment = Moment(signal.SIGKILL, "checkpoints/step-00000020", rank=0)
     with Ranks("train", CLASSIFIER | LONG, {"grids": [grids]}, out, at=moment) as ranks:
         ranks.wait()
     newest = max((out / "checkpoints").glob("step-*"))
