@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from small_grids import CLASSIFIER, filled, make_grids, small_disk
 
-from galdist.grids.store import open_store
+from galdist.data.datasets import tiles
+from galdist.grids.store import Field, SimulationAttrs, StoreError, create_store, open_store
 from galdist.statistics.metrics import load_metrics
 from galdist.training.checkpoint import load_model
-from galdist.training.predict import PredictConfig, predict
+from galdist.training.predict import PredictConfig, _signed, predict, split_mix, voxel_uniforms
 from galdist.training.train import TrainConfig, train
 from hpc import durable
 
@@ -145,8 +147,6 @@ def test_slabs_of_another_model_are_done_again(steps: dict[str, Path], tmp_path:
 
 def test_matter_alone_is_enough(steps: dict[str, Path], tmp_path: Path) -> None:
     """Boxes without galaxies: an N-body run that nobody has painted."""
-    from galdist.grids.store import Field, SimulationAttrs, create_store
-
     attrs = SimulationAttrs(name="dark", box_size=25.0, redshift=0.0, suite="dark", split="test")
     store = create_store(tmp_path / "grids" / "grids.zarr", [attrs], [Field(name="matter_counts")], N_MESH)
     matter = open_store(steps["grids"] / "grids.zarr")["box_2"].read("matter_counts")
@@ -164,6 +164,70 @@ def test_bf16_is_close(steps: dict[str, Path], tmp_path: Path) -> None:
     for key, values in rough.items():
         odds, expected = (torch.logit(torch.from_numpy(field)) for field in (values, exact[key]))
         assert 0 < (odds - expected).abs().max() < 0.3
+
+
+@pytest.fixture(scope="module")
+def counts(steps: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A regressor with a likelihood, conditioned on a parameter, that needs no classifier."""
+    folder = tmp_path_factory.mktemp("counts")
+    model = {"name": "inception-regressor", "branches": [1, 1, 1, 1], "parameters": ["A_SN1"]}
+    config = CLASSIFIER | {"model": model | {"loss": "negative-binomial"}}
+    train(TrainConfig(**config), {"grids": [steps["grids"]]}, folder / "counts")
+    return steps | {"counts": folder / "counts"}
+
+
+def test_draws_belong_to_their_voxels_whatever_the_tiles(counts: dict[str, Path], tmp_path: Path) -> None:
+    whole = fields(run(counts, tmp_path / "whole", model="counts", tile=N_MESH, samples=2))
+    tiled = fields(run(counts, tmp_path / "tiled", model="counts", tile=8, samples=2))
+    other = fields(run(counts, tmp_path / "other", model="counts", tile=N_MESH, samples=1, seed=1))
+    assert sorted({field for _, field in whole}) == [
+        "galaxy_counts",
+        "galaxy_counts_sample_0",
+        "galaxy_counts_sample_1",
+        "galaxy_probability",
+    ]
+    for name in ("box_2", "box_3"):
+        first, second = (whole[name, f"galaxy_counts_sample_{n}"] for n in (0, 1))
+        # A voxel whose random number lies within rounding of a step may change.
+        assert np.mean(first != tiled[name, "galaxy_counts_sample_0"]) < 1e-4
+        assert np.mean(second != tiled[name, "galaxy_counts_sample_1"]) < 1e-4
+        expected = whole[name, "galaxy_counts"].sum(dtype=float)
+        for draw in (first, second, other[name, "galaxy_counts_sample_0"]):
+            assert draw.sum() == pytest.approx(expected, abs=8 * expected**0.5)
+        assert np.sum((first > 0) & (second > 0)) < 0.5 * np.sum(first > 0)
+        assert not np.array_equal(first, other[name, "galaxy_counts_sample_0"])
+    assert not np.array_equal(
+        whole["box_2", "galaxy_counts_sample_0"], whole["box_3", "galaxy_counts_sample_0"]
+    )
+
+
+def test_random_numbers_of_voxels_are_uniform_and_independent() -> None:
+    (tile,) = tiles(32, 32, 0, 1)
+    u = voxel_uniforms(tile, 32, (3, 1), 2, torch.device("cpu"))[0].numpy()
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+    for axis in range(4):
+        neighbors = np.corrcoef(u.ravel(), np.roll(u, 1, axis).ravel())[0, 1]
+        assert abs(neighbors) < 4 / u.size**0.5
+    part = tiles(32, 8, 0, 1)[37]
+    assert np.array_equal(
+        voxel_uniforms(part, 32, (3, 1), 2, torch.device("cpu"))[0].numpy(), u[:, *part.interior]
+    )
+    # SplitMix64's own first numbers from the seed 1234567, as published with it.
+    state = torch.arange(1, 3) * _signed(0x9E3779B97F4A7C15) + 1234567
+    assert [int(word) & (2**64 - 1) for word in split_mix(state)] == [
+        6457827717110365317,
+        3203168211198807973,
+    ]
+
+
+def test_what_a_model_lacks_is_told_before_work_starts(counts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="of which nothing can be drawn"):
+        run(counts, tmp_path / "out", samples=1)
+    attrs = SimulationAttrs(name="dark", box_size=25.0, redshift=0.0, suite="dark", split="test")
+    create_store(tmp_path / "grids" / "grids.zarr", [attrs], [Field(name="matter_counts")], N_MESH)
+    with pytest.raises(StoreError, match="simulation dark: parameter 'A_SN1' is not there"):
+        run(counts | {"grids": tmp_path / "grids"}, tmp_path / "out", model="counts")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_predict_is_an_error(steps: dict[str, Path], tmp_path: Path) -> None:

@@ -270,6 +270,8 @@ def test_models_that_do_not_fit_are_refused() -> None:
     vector = R2UNetClassifierConfig(channels=(2, 2), inputs=[{"field": "matter_counts", "components": 3}])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="not the 3"):
         build(vector).predict(batch(8))
+    with pytest.raises(ValueError, match="leave it out"):
+        R2UNetRegressorConfig(loss="poisson", nonempty_weight=3)
     with pytest.raises(ValueError, match="nothing to learn"):
         build(R2UNetClassifierConfig(channels=(2, 2))).prepare(
             lambda field: iter(batch(8)[field].numpy() * (field == "matter_counts"))

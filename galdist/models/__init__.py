@@ -25,6 +25,8 @@ call."""
 MODELS: dict[str, str] = {
     "r2unet-classifier": "galdist.models.r2unet:R2UNetClassifier",
     "r2unet-regressor": "galdist.models.r2unet:R2UNetRegressor",
+    "inception-classifier": "galdist.models.inception:InceptionClassifier",
+    "inception-regressor": "galdist.models.inception:InceptionRegressor",
     "nn-class": "galdist.models.classes:BinClassifier",
     "voronoi": "galdist.models.classes:VoronoiClassifier",
     "src": "galdist.models.quantiles:SumOfQuantiles",
@@ -95,6 +97,8 @@ class GridObjective(Objective):
     cover them.
     """
 
+    drawn: tuple[Field, ...] = ()
+    """Fields that `draw` draws, of one component; none where the model gives means only."""
     simulation_parameters: tuple[str, ...] = ()
     """Parameters of a simulation that it is conditioned on, in the order of ``batch["parameters"]`` (b, p):
     names of its cosmology or astrophysics, or `redshift`. Like fields they come in units of their own
@@ -111,6 +115,14 @@ class GridObjective(Objective):
     @abc.abstractmethod
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Fields named in `outputs`, ``(batch, component, z, y, x)`` without the halo."""
+
+    def draw(self, batch: Batch, uniforms: Tensor) -> dict[str, Tensor]:
+        """Draws of the fields named in `drawn`, ``(batch, draw, z, y, x)`` without the halo.
+
+        ``uniforms`` are random numbers in [0, 1) of the same shape, float64: one for each voxel of each draw,
+        which belongs to the voxel whatever the tile.
+        """
+        raise NotImplementedError(f"{self.config.name} gives means, of which nothing can be drawn")
 
 
 def objective_class(name: str) -> type[Objective]:

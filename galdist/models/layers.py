@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from galdist.models.conditioning import Modulation
+
 # Brings the variance of a ReLU of a unit Gaussian back to one: Brock et al. 2021 (arXiv:2101.08692), section
 # 2.
 _RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
@@ -26,9 +28,9 @@ def wrap(x: Tensor, width: int, spatial: int = 3) -> Tensor:
 
 def trim(x: Tensor, width: int, spatial: int = 3) -> Tensor:
     """``x`` without ``width`` cells at each face of its mesh, the last ``spatial`` axes."""
-    if width == 0:
-        return x
-    return x[(..., *(slice(width, -width),) * spatial)]
+    for axis in range(-spatial, 0):
+        x = x.narrow(axis, width, x.shape[axis] - 2 * width)
+    return x
 
 
 def standardized(weight: Tensor, gain: Tensor) -> Tensor:
@@ -64,19 +66,22 @@ class RecurrentConv3d(nn.Module):
 
     def forward(self, x: Tensor, periodic: bool) -> Tensor:
         kernel = self._kernel()
-        y = F.relu(_convolve(x, kernel, self.bias, periodic))
+        y = F.relu(convolve(x, kernel, self.bias, periodic))
         # x + y has twice the variance of either; the kernel takes the factor, since it is smaller than the
         # mesh.
         kernel = kernel * math.sqrt(0.5)
         for _ in range(self.recurrence):
-            y = F.relu(_convolve(x + y, kernel, self.bias, periodic))
+            y = F.relu(convolve(x + y, kernel, self.bias, periodic))
         return y
 
 
-def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, periodic: bool) -> Tensor:
-    if periodic:
-        return F.conv3d(wrap(x, 1), kernel, bias)
-    return F.conv3d(x, kernel, bias, padding=1)
+def convolve(x: Tensor, kernel: Tensor, bias: Tensor, periodic: bool) -> Tensor:
+    """Convolution ``(batch, n_in, z, y, x)`` -> ``(batch, n_out, z, y, x)`` with a cubic kernel of odd side;
+    beyond its faces the mesh continues with itself where it is ``periodic``, else with zeros."""
+    width = kernel.shape[-1] // 2
+    if periodic and width:
+        return F.conv3d(wrap(x, width), kernel, bias)
+    return F.conv3d(x, kernel, bias, padding=width)
 
 
 class RecurrentResidualBlock(nn.Module):
@@ -85,19 +90,24 @@ class RecurrentResidualBlock(nn.Module):
 
     Alom et al. 2018 (arXiv:1802.06955), figure 4d. The branch starts at half strength and learns its own
     (SkipInit, De & Smith 2020, arXiv:2002.10444): without batch statistics that is what keeps deep stacks
-    stable.
+    stable. Where samples are conditioned on ``features`` numbers, these modulate what the 1^3 convolution
+    gives.
     """
 
-    def __init__(self, n_in: int, n_out: int, recurrence: int) -> None:
+    def __init__(self, n_in: int, n_out: int, recurrence: int, features: int = 0) -> None:
         super().__init__()
         self.project = nn.Conv3d(n_in, n_out, 1)
+        self.modulation = Modulation(features, n_out) if features else None
         self.first = RecurrentConv3d(n_out, recurrence)
         self.second = RecurrentConv3d(n_out, recurrence)
         self.strength = nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, x: Tensor, periodic: bool) -> Tensor:
+    def forward(self, x: Tensor, periodic: bool, features: Tensor | None = None) -> Tensor:
         # Channels last is twice as fast on CPUs; a mesh of one channel does not say which order it has.
         x = self.project(x).contiguous(memory_format=torch.channels_last_3d)
+        if self.modulation is not None:
+            assert features is not None
+            x = self.modulation(x, features)
         return torch.addcmul(x, self.second(self.first(x, periodic), periodic), self.strength.to(x.dtype))
 
     def reach(self) -> int:

@@ -214,6 +214,27 @@ class ScoreHistogram:
         precision = positives / np.maximum(positives + negatives, 1)
         return float((gained * precision).sum() / positives[-1])
 
+    def platt_line(self) -> tuple[float, float]:
+        """Slope and offset of the line that takes the scores' log-odds to those of the labels: the most
+        likely one (Platt 1999), with his targets, which keep it finite where a score separates all."""
+        from scipy.optimize import minimize
+
+        log_odds = np.append(-_LOG_ODDS, np.log(_EDGES[1:] / (1 - _EDGES[1:])))
+        negatives, positives = self.counts.astype(np.float64)
+        high, low = (positives.sum() + 1) / (positives.sum() + 2), 1 / (negatives.sum() + 2)
+        ones = high * positives + low * negatives
+        zeros = (1 - high) * positives + (1 - low) * negatives
+
+        def loss(line: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            z = line[0] * log_odds + line[1]
+            value = (ones * np.logaddexp(0, -z) + zeros * np.logaddexp(0, z)).sum()
+            slope = (ones + zeros) / (1 + np.exp(-z)) - ones
+            total = ones.sum() + zeros.sum()
+            return value / total, np.array([(slope * log_odds).sum(), slope.sum()]) / total
+
+        slope, offset = minimize(loss, [1.0, 0.0], jac=True, method="BFGS").x
+        return float(slope), float(offset)
+
     def threshold_for_recall(self, recall: float) -> float:
         """The highest edge at which recall is at least ``recall``.
 

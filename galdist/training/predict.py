@@ -19,6 +19,7 @@ from torch import Tensor
 from galdist.config import StrictModel
 from galdist.data.datasets import Box, Tile, find_boxes, read_parameters, tiles, to_device
 from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_store, open_store
+from galdist.grids.store import Field as GridField
 from galdist.models import GridObjective
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import load_model
@@ -36,6 +37,11 @@ class PredictConfig(StrictModel):
     """Cells around a tile that are read with it. By default the model's reach, which makes tiles exact; a
     smaller halo is faster and leaves differences near the faces of tiles."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    samples: NonNegativeInt = 0
+    """Draws of the counts to store beside their mean, as fields `galaxy_counts_sample_0` and so on; only for
+    models that have a distribution of them."""
+    seed: NonNegativeInt = 0
+    """Of the draws. A voxel's draw depends on it, the simulation and the voxel, not on tiles or ranks."""
 
 
 def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
@@ -56,7 +62,8 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     Raises
     ------
     ValueError
-        where there is nothing to predict, the grids lack what the model reads, or tiles do not fit the mesh.
+        where there is nothing to predict, the grids lack what the model reads, tiles do not fit the mesh, or
+        samples are asked of a model that gives means.
     hpc.ddp.Stopped
         where a signal asked to stop, before the next tile; slabs that are done stay.
     """
@@ -66,6 +73,11 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
             raise ValueError(
                 f"{inputs['model'][0]} is a model of tables ({objective.config.name}), this stage predicts "
                 "grids: draw galaxies for halos with the stage `sample`"
+            )
+        if config.samples and not objective.drawn:
+            raise ValueError(
+                f"samples is {config.samples}, but {inputs['model'][0]} ({objective.config.name}) gives "
+                "means, of which nothing can be drawn: leave it out, or train with a likelihood as model.loss"
             )
         boxes = _boxes(inputs["grids"], config.split)
         n_mesh = _n_mesh(boxes, objective)
@@ -81,13 +93,14 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         parts = out / "parts"
         path = out / "prediction.zarr"
         if group.is_main and not _began(path, checksum):
-            n_bytes = sum(4 * field.components for field in objective.outputs) * n_mesh**3 * len(boxes)
+            fields = (*objective.outputs, *_drawn(objective, config.samples))
+            n_bytes = sum(4 * field.components for field in fields) * n_mesh**3 * len(boxes)
             durable.require_space(out, n_bytes, f"predictions of {len(boxes)} boxes before compression")
             shutil.rmtree(parts, ignore_errors=True)  # slabs of another store
             create_store(
                 path,
                 [box.open().attrs for box in boxes],
-                objective.outputs,
+                fields,
                 n_mesh,
                 Chunking(chunk=thickness),
                 {"checkpoint": checksum, "model": objective.config.name},
@@ -95,7 +108,7 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         group.barrier()
         store = open_store(path, mode="r+")
         objective.to(group.device)
-        prediction = _Prediction(objective, store, truth, group.device, config.precision, parts)
+        prediction = _Prediction(objective, store, truth, group.device, config, parts)
         items = [(box, number) for box in boxes for number in range(len(slabs))]
         # As the main rank sees it: a file system may show the others less, and all must share alike.
         missing = group.broadcast([n for n, item in enumerate(items) if not prediction.part(*item).exists()])
@@ -128,7 +141,7 @@ class _Prediction:
     truth: bool
     """Whether the grids hold what is predicted, for metrics."""
     device: torch.device
-    precision: str
+    config: PredictConfig
     parts: Path
 
     def part(self, box: Box, number: int) -> Path:
@@ -137,7 +150,7 @@ class _Prediction:
 
     def slab(self, box: Box, number: int, slab: Sequence[Tile]) -> Iterator[None]:
         """Predict the tiles of a slab, with a pause before each, and write it."""
-        objective = self.objective
+        objective, config = self.objective, self.config
         grids = box.open()
         n_mesh = grids.n_mesh
         meshes = {
@@ -145,26 +158,81 @@ class _Prediction:
         }
         parameters = read_parameters(box, objective.simulation_parameters)
         thickness = slab[0].shape[0]
+        outputs = (*objective.outputs, *_drawn(objective, config.samples))
         planes = {
             field.name: np.empty((field.components, thickness, n_mesh, n_mesh), np.float32)
-            for field in objective.outputs
+            for field in outputs
         }
         sums: dict[str, Tensor] = {}
         for tile in slab:
             yield
             batch = to_device(tile.batch(meshes, parameters), self.device)
-            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
             with torch.no_grad(), bf16:
                 new, predicted = objective.evaluate(batch) if self.truth else ({}, objective.predict(batch))
+                if config.samples:
+                    uniforms = voxel_uniforms(
+                        tile, n_mesh, (config.seed, *box.name.encode()), config.samples, self.device
+                    )
+                    for name, draws in objective.draw(batch, uniforms).items():
+                        predicted |= {
+                            _sample_name(name, n): draws[:, n : n + 1] for n in range(config.samples)
+                        }
             sums = {name: sums[name] + value.cpu() if sums else value.cpu() for name, value in new.items()}
             _, y, x = tile.interior
             for name, values in predicted.items():
                 planes[name][:, :, y, x] = values[0].float().cpu().numpy()
         with durable.room_for(f"slab {number} of {box.name}", self.store.path):
-            for field in objective.outputs:
+            for field in outputs:
                 filled = planes[field.name] if field.components > 1 else planes[field.name][0]
                 self.store[box.name].write(field.name, filled, slab[0].origin[0])
             durable.write_json(self.part(box, number), {name: value.tolist() for name, value in sums.items()})
+
+
+def _sample_name(field: str, n: int) -> str:
+    return f"{field}_sample_{n}"
+
+
+def _drawn(objective: GridObjective, samples: int) -> list[GridField]:
+    """The fields of the draws."""
+    return [
+        field.model_copy(update={"name": _sample_name(field.name, n)})
+        for field in objective.drawn
+        for n in range(samples)
+    ]
+
+
+def voxel_uniforms(
+    tile: Tile, n_mesh: int, seed: Sequence[int], samples: int, device: torch.device
+) -> Tensor:
+    """Uniform random numbers in [0, 1) of a tile's voxels, ``(1, samples, z, y, x)`` float64.
+
+    Each is a function of the seed, the sample and the voxel: the output of SplitMix64 (Steele, Lea & Flood
+    2014) at the voxel's place in the sequence of the sample, which is the same on any device.
+    """
+    z, y, x = (torch.arange(cells.start, cells.stop, device=device) for cells in tile.interior)
+    place = (z[:, None, None] * n_mesh + y[:, None]) * n_mesh + x
+    keys = [np.random.SeedSequence([*seed, n]).generate_state(1, np.uint64) for n in range(samples)]
+    start = torch.from_numpy(np.concatenate(keys).view(np.int64)).to(device)
+    words = split_mix(start[:, None, None, None] + (place + 1) * _signed(0x9E3779B97F4A7C15))
+    return (_shifted(words, 11).double() * 2.0**-53)[None]
+
+
+def split_mix(states: Tensor) -> Tensor:
+    """Words of 64 bits that SplitMix64 gives in its ``states``, as int64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        states = (states ^ _shifted(states, shift)) * _signed(factor)
+    return states ^ _shifted(states, 31)
+
+
+def _signed(word: int) -> int:
+    """A word of 64 bits as torch has it."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(words: Tensor, bits: int) -> Tensor:
+    """Words shifted to the right, zeros coming in."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _save_metrics(out: Path, prediction: _Prediction, boxes: Sequence[Box], n_slabs: int) -> None:
