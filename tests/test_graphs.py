@@ -23,14 +23,16 @@ from galdist.grids.store import SimulationAttrs, StoreError
 from galdist.inference import Model, Wanted, predict_file
 from galdist.training.sample import SampleConfig, sample
 from galdist.training.train import TrainConfig, train
+from hpc import ddp
 from hpc.strict import SettingsError
 
+ALONE = ddp.Group(0, 1, 0, torch.device("cpu"))
 BOX = 60.0
 SIGMA = 0.2
 """Scatter of the galaxies' masses in `pairs`."""
 SPREAD = 0.5
 """Standard deviation of the halo masses there."""
-SMALL = {"width": 16, "blocks": 1, "bins": 4, "message": 16, "embedding": 4}
+SMALL: dict[str, Any] = {"width": 16, "blocks": 1, "bins": 4, "message": 16, "embedding": 4}
 
 
 def pairs(step: Path, n: int, box: float = BOX, facts: dict[str, Any] | None = None) -> Path:
@@ -63,14 +65,21 @@ def pairs(step: Path, n: int, box: float = BOX, facts: dict[str, Any] | None = N
     return step
 
 
-def training(name: str, **changed: Any) -> TrainConfig:
+def training(name: str, linking_length: float = 1.0) -> TrainConfig:
     model = {"name": name, "inputs": ["log_halo_mass"], "targets": ["log_stellar_mass"]}
     small = {key: value for key, value in SMALL.items() if name == "graph-sqr" or key in ("width", "blocks")}
     if name == "graph-sqr":
-        small["neighbors"] = {"linking_length": 1.0, "most": 4}
-    settings = {"epochs": 20, "batch_size": 128, "optimizer": {"learning_rate": 1e-2}, "ema_decay": 0.9}
-    cosine = {"schedule": {"kind": "cosine"}}
-    return TrainConfig.model_validate(settings | cosine | {"model": model | small} | changed)
+        small["neighbors"] = {"linking_length": linking_length, "most": 4}
+    return TrainConfig.model_validate(
+        {
+            "model": model | small,
+            "epochs": 20,
+            "batch_size": 128,
+            "optimizer": {"learning_rate": 1e-2},
+            "schedule": {"kind": "cosine"},
+            "ema_decay": 0.9,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +174,7 @@ def test_neighbors_are_of_the_same_simulation_and_of_all_splits(tmp_path: Path) 
     data = TableData([tmp_path], names, ("color_gi",), of)
     everyone = read_centrals([tmp_path], [*names, "position"], None)
     validation = read_centrals([tmp_path], names, "validation")
-    (batch,) = (each for each in data.validation_batches(galdist_alone()) if each is not None)
+    (batch,) = (each for each in data.validation_batches(ALONE) if each is not None)
     expected = []
     for box, row in zip(validation.simulation, validation.row, strict=True):
         same = everyone.simulation == box
@@ -178,14 +187,8 @@ def test_neighbors_are_of_the_same_simulation_and_of_all_splits(tmp_path: Path) 
     for i, masses in enumerate(expected):
         assert np.allclose(sorted(batch["neighbors"][receiver == i, 0].tolist()), masses)
     assert "neighbors" not in next(
-        iter(TableData([tmp_path], names, ("color_gi",)).validation_batches(galdist_alone()))
+        iter(TableData([tmp_path], names, ("color_gi",)).validation_batches(ALONE))
     )
-
-
-def galdist_alone() -> Any:
-    from hpc import ddp
-
-    return ddp.Group(0, 1, 0, torch.device("cpu"))
 
 
 def users(steps: dict[str, Path]) -> pd.DataFrame:
@@ -270,7 +273,5 @@ def test_tables_without_positions_and_boxes_that_are_too_small_are_refused(
     with pytest.raises(StoreError, match="column 'position' is not there"):
         sample(SampleConfig(), inputs, tmp_path / "drawn")
     assert not (tmp_path / "drawn" / "samples.zarr").exists()
-    wide = training("graph-sqr").model_copy(deep=True)
-    object.__setattr__(wide.model, "neighbors", Neighborhood(linking_length=40.0))
     with pytest.raises(ValueError, match="linking length of 40 Mpc/h does not fit into a box of 60 Mpc/h"):
-        train(wide, {"catalogs": [steps["centrals"]]}, tmp_path / "wide")
+        train(training("graph-sqr", 40.0), {"catalogs": [steps["centrals"]]}, tmp_path / "wide")

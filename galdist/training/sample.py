@@ -11,7 +11,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -205,23 +205,22 @@ class Union(Drawer):
             return self
         bound = copy.copy(self)
         bound._density = halos.density
-        bound._surroundings = [
-            None
-            if model.neighborhood is None
-            else Surroundings(
-                torch.from_numpy(halos.inputs[:, places]),
-                halos.neighbors(rows, model.neighborhood),
-                self._device,
-            )
-            for model, places in zip(self.models, self._places, strict=True)
-        ]
+        bound._surroundings = []
+        for model, places in zip(self.models, self._places, strict=True):
+            if model.neighborhood is None:
+                bound._surroundings.append(None)
+                continue
+            neighbors = halos.neighbors(rows, model.neighborhood)
+            seen, place = np.unique(neighbors.row, return_inverse=True)  # few of all halos
+            inputs = torch.from_numpy(halos.inputs[seen][:, places])
+            bound._surroundings.append(Surroundings(inputs, replace(neighbors, row=place), self._device))
         return bound
 
     def outside(self, inputs: NDArray[np.float32]) -> dict[str, NDArray[np.int8]]:
-        """As `Drawer.outside`; ``halo_density`` is that of the halos of the table, the same for all of them.
+        """As `Drawer.outside`; ``halo_density`` is that of the table, the same for all of its halos.
 
-        It is outside where it differs by more than half from that of all training simulations: neighbors are
-        then others than those that were learned from.
+        It is outside where it differs by more than a factor of 1.5 from those of the training simulations:
+        neighbors are then others than those that were learned from.
         """
         found = super().outside(inputs)
         if self._density is not None and self._densities:
