@@ -51,6 +51,9 @@ STAGES: dict[str, Stage] = {
     "baseline": Stage("galdist.statistics.baselines:baseline", "serial", ("catalogs+",)),
     "hod": Stage("galdist.statistics.hod:hod", "serial", ("catalogs+", "grids+")),
     "spectra": Stage("galdist.statistics.spectra:spectra", "mpi", ("grids+", "predictions*"), ranks=2),
+    "field-statistics": Stage(
+        "galdist.statistics.fields:field_statistics", "mpi", ("grids+", "predictions*"), ranks=2
+    ),
     "scores": Stage("galdist.statistics.scores:scores", "serial", ("catalogs+", "predictions+")),
     "tracers": Stage(
         "galdist.statistics.tracer_spectra:tracers", "mpi", ("catalogs+", "predictions+"), ranks=2

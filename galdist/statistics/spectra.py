@@ -84,7 +84,7 @@ class SpectraConfig(StrictModel):
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """A simulation to measure: where each label's field is."""
 
     name: str
@@ -109,7 +109,9 @@ def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) 
     """
     require_nbodykit()
     comm = mpi.world()
-    samples = _samples(config, inputs)
+    samples = match(inputs, config.field, config.split, config.matter)
+    for sample in samples:
+        _check_bands(config, sample.name, sample.grids)
     for done, sample in enumerate(samples):
         if comm.rank == 0:
             progress.report(done, len(samples), sample.name)
@@ -477,12 +479,23 @@ def _aliasing(n_mesh: int, assignment: Assignment) -> NDArray[np.float64]:
     return values
 
 
-def _samples(config: SpectraConfig, inputs: Mapping[str, list[Path]]) -> list[_Sample]:
-    """Match predictions to truths, and check all that can be checked before anything is read."""
+def match(
+    inputs: Mapping[str, list[Path]], field: str, split: Split, matter: str | None = None
+) -> list[Sample]:
+    """Match predictions to truths, and check all that can be checked before anything is read.
+
+    Labels are ``truth``, ``matter``, the names of the predictions' steps and ``step:field`` for further
+    scalar fields of theirs.
+
+    Raises
+    ------
+    ValueError
+        for inputs that do not belong together.
+    """
     truths: dict[str, tuple[Path, SimulationGrids]] = {}
     for step in inputs["grids"]:
         store = open_store(step / "grids.zarr")
-        for name in store.names(config.split):
+        for name in store.names(split):
             if name in truths:
                 raise ValueError(
                     f"simulation {name!r} is in {truths[name][0]} and in {step}: which is the truth?"
@@ -490,7 +503,7 @@ def _samples(config: SpectraConfig, inputs: Mapping[str, list[Path]]) -> list[_S
             truths[name] = step, store[name]
     if not truths:
         raise ValueError(
-            f"no simulation in the {config.split} split of {', '.join(map(str, inputs['grids']))}: name "
+            f"no simulation in the {split} split of {', '.join(map(str, inputs['grids']))}: name "
             "some under `split` of the step that made the grids"
         )
     predictions: dict[str, GridStore] = {}
@@ -503,15 +516,15 @@ def _samples(config: SpectraConfig, inputs: Mapping[str, list[Path]]) -> list[_S
         if not set(store) & set(truths):
             raise ValueError(
                 f"{step}/prediction.zarr predicts {', '.join(store)}, none of which is in the "
-                f"{config.split} split of the grids ({', '.join(truths)})"
+                f"{split} split of the grids ({', '.join(truths)})"
             )
         predictions[step.name] = store
 
     samples = []
     for name, (step, grids) in truths.items():
-        fields = {TRUTH: (grids, config.field)}
-        if config.matter is not None:
-            fields[MATTER] = (grids, config.matter)
+        fields = {TRUTH: (grids, field)}
+        if matter is not None:
+            fields[MATTER] = (grids, matter)
         for label, store in predictions.items():
             if name not in store:
                 continue
@@ -521,17 +534,16 @@ def _samples(config: SpectraConfig, inputs: Mapping[str, list[Path]]) -> list[_S
                     f"{store.path}, {name}: {predicted.n_mesh}^3 cells in {predicted.attrs.box_size} Mpc/h "
                     f"predict {grids.n_mesh}^3 cells in {grids.attrs.box_size} Mpc/h ({step}/grids.zarr)"
                 )
-            fields[label] = (predicted, config.field)
+            fields[label] = (predicted, field)
             for extra in predicted.fields:
-                if extra != config.field and predicted.field(extra).components == 1:
+                if extra != field and predicted.field(extra).components == 1:
                     fields[f"{label}:{extra}"] = (predicted, extra)
-        for label, (where, field) in fields.items():
-            if where.field(field).components != 1:
+        for label, (where, held) in fields.items():
+            if where.field(held).components != 1:
                 raise ValueError(
-                    f"{label} of {name}: field {field!r} is a vector; spectra are of scalar fields"
+                    f"{label} of {name}: field {held!r} is a vector; spectra are of scalar fields"
                 )
-        _check_bands(config, name, grids)
-        samples.append(_Sample(name, grids, fields))
+        samples.append(Sample(name, grids, fields))
     return samples
 
 
@@ -546,7 +558,7 @@ def _check_bands(config: SpectraConfig, name: str, grids: SimulationGrids) -> No
             )
 
 
-def _measure(sample: _Sample, folder: Path) -> dict[str, Any]:
+def _measure(sample: Sample, folder: Path) -> dict[str, Any]:
     """All spectra of one simulation, as `load_spectra` describes them but with lists."""
     grids = sample.grids
     n_mesh, box_size = grids.n_mesh, grids.attrs.box_size
@@ -633,7 +645,15 @@ def _save(result: Any, path: Path) -> None:
 
 def _rows(config: SpectraConfig, simulations: Mapping[str, Any]) -> list[MetricRow]:
     """Band averages and numbers of objects of every simulation, then their means over the split."""
-    measured = {name: _summary(config, result) for name, result in simulations.items()}
+    return rows_over_boxes(
+        {name: _summary(config, result) for name, result in simulations.items()}, config.split
+    )
+
+
+def rows_over_boxes(
+    measured: Mapping[str, Mapping[str, tuple[float, float | None]]], split: str
+) -> list[MetricRow]:
+    """Rows of every box (box -> metric -> value and error), then their means over the split."""
     rows = [
         metric_row(metric, name, value, error)
         for name, values in measured.items()
@@ -643,10 +663,10 @@ def _rows(config: SpectraConfig, simulations: Mapping[str, Any]) -> list[MetricR
         boxes = [values[metric] for values in measured.values() if metric in values]
         mean = float(np.mean([value for value, _ in boxes]))
         if len(boxes) == 1:
-            rows.append(metric_row(metric, config.split, mean, boxes[0][1]))
+            rows.append(metric_row(metric, split, mean, boxes[0][1]))
         else:  # the scatter between boxes knows more than the number of modes: cosmic variance, astrophysics
             scatter = float(np.std([value for value, _ in boxes], ddof=1))
-            rows.append(metric_row(metric, config.split, mean, scatter / math.sqrt(len(boxes))))
+            rows.append(metric_row(metric, split, mean, scatter / math.sqrt(len(boxes))))
     return rows
 
 
