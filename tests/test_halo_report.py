@@ -1,7 +1,9 @@
 """The report's sections on galaxies in halos: figures, tables, LaTeX, published figures beside our own."""
 
+import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,11 +145,12 @@ def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path)
     headings = ["Summary", "Distributions", *found, "Resources", "Provenance"]
     assert re.findall(r"<h2>(.*?)</h2>", page) == headings
     figures = {"marginals", "joint", "calibration", "points", "points-others"}
-    names = {"ks", "distances", "proper-scores", "coverage", "points-1", "points-2", "points-3"}
+    names = {"best", "best-others", "ks", "distances", "wasserstein", "between-draws", "proper-scores"}
+    names |= {"pinball", "coverage", "ranks", "points-1", "points-2", "points-3"}
     if HAS_SPECTRA:
         kinds = ("residuals", "correlation", "cross", "confusion")
         figures |= {"tracers", *(f"tracer-{name}" for name in kinds)}
-        kinds = ("counts", "chi2-band", "chi2-all", "relative", "stochasticity")
+        kinds = ("counts", "chi2-band", "chi2-all", "relative", "stochasticity", "kept", "between")
         names |= {f"tracer-{name}" for name in kinds}
     drawn = {path.name for path in (run / "report" / "figures").iterdir()}
     assert drawn == {f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
@@ -187,11 +190,47 @@ def test_published_errors_stand_beside_those_of_draws(page: str, run: Path) -> N
     title = "Errors of single values: log M∗ and g–i"
     lines = [line for line in _cells(page, title) if line[0] == "SQR joint"]
     assert [line[1] for line in lines] == ["published", "ours, draws", "ours, best values"]
-    assert lines[0][2:] == ["0.0474", "0.1655", "0.2178", "0.4709", "0.1324", "27.56"]
+    assert lines[0][2:] == ["0.0474", "0.1655", "0.2178", "0.4709", "0.1324", "27.56", ""]
     rows = {(r["label"], r["metric"], r["of"]): r["value"] for r in load_scores(run / "scores")["rows"]}
     assert float(lines[1][2].split(" ± ")[0]) == pytest.approx(rows["SQR joint", "mse_draw", PAIR], abs=1e-3)
     caption = page[page.index(f'aria-label="{title}"') :].split("</caption>")[0]
     assert "are of random draws" in caption
+
+
+def test_every_metric_is_in_a_table(page: str, run: Path) -> None:
+    """Each by its value, as the page writes it."""
+    text = re.sub(r"<.*?>", " ", page)
+    seen = set()
+    for row in load_scores(run / "scores")["rows"]:
+        if row["label"] == "Flow":
+            seen.add(row["metric"])
+            shown = tables.measured(row["value"], row["error"])
+            assert shown in text, (row["metric"], row["of"])
+    assert {"pinball_0.05", "pit_ks", "rank_chi2", "wasserstein", "ks_fasano_franceschini"} <= seen
+    assert {"coverage_0.9", "pearson", "pearson_draw", "mape", "mad"} <= seen
+
+
+def test_the_best_model_of_each_metric_and_who_is_as_good(page: str, run: Path) -> None:
+    heads, *lines = _cells(page, "Best models: log M∗ and g–i")
+    assert heads == ["Score", "best", "value", "noise floor", "as good", "next", "worse by"]
+    table = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
+    assert "KS" not in table  # of one property
+    found = {(one["metric"], one["of"]): one for one in load_scores(run / "scores")["comparisons"]}
+    one = found["energy_score", PAIR]
+    line = table["energy score"]
+    assert line["best"] == one["best"] == "Flow"
+    assert line["as good"] == ""
+    assert line["next"] == "SQR joint"
+    difference, error = one["worse"]["SQR joint"]
+    assert difference > 2 * error
+    assert line["worse by"] == tables.measured(difference, error)
+    difference, error = found["ks_mean", PAIR]["worse"]["SQR joint"]
+    assert ("SQR joint" in table["KS, mean"]["as good"]) == (difference < 2 * error)
+    assert table["MSE, best values"]["as good"] == "Flow, 100% &amp; far_off"  # all are right
+    assert table["MSE, best values"]["next"] == ""
+    others = _cells(page, "Best models of other properties")
+    assert {line[0] for line in others[1:]} == {"log M∗", "g–i"}
+    assert ["log M∗", "CRPS", "Flow"] in [line[:3] for line in others]
 
 
 def test_without_published_figures_there_is_no_word_of_them(run: Path) -> None:
@@ -289,16 +328,44 @@ def test_heads_of_rows_are_no_options_of_the_line_before(tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("name", ["ks", "points-3", "proper-scores"])
-def test_every_line_of_a_saved_table_has_all_columns(page: str, run: Path, name: str) -> None:
+def test_every_saved_table_is_sound(page: str, run: Path) -> None:
+    """What LaTeX would stumble on, where there is no LaTeX to try."""
     del page
-    text = (run / "report" / "tables" / f"{name}.tex").read_text()
-    width = len(re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)[0])
-    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
-    for line in lines:
-        spans = sum(int(n) - 1 for n in re.findall(r"multicolumn\{(\d+)\}", line))
-        assert len(re.findall(r"(?<!\\)&", line)) + 1 + spans == width
-    assert not re.search(r"(?<!\\)[%#]", text)
+    files = sorted((run / "report" / "tables").glob("*.tex"))
+    assert len(files) > 10
+    for file in files:
+        text = file.read_text()
+        width = len(re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)[0])
+        for line in (line for line in text.splitlines() if line.endswith(r"\\")):
+            spans = sum(int(n) - 1 for n in re.findall(r"multicolumn\{(\d+)\}", line))
+            assert len(re.findall(r"(?<!\\)&", line)) + 1 + spans == width, file.name
+        bare = re.sub(r"\\(label|input)\{.*?\}|\\[&%$#_{}\\]", "", text)
+        assert not re.search("[%#]", bare), file.name
+        assert bare.count("{") == bare.count("}"), file.name
+        for depth in itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in bare):
+            assert depth >= 0, file.name
+        outside, mathematical = bare.split("$")[::2], bare.split("$")[1::2]
+        assert len(outside) == len(mathematical) + 1, file.name
+        assert not any("_" in part or "^" in part for part in outside), file.name
+        for name in ("table", r"table\*", "tabular"):
+            begun, ended = (len(re.findall(rf"\\{word}\{{{name}\}}", text)) for word in ("begin", "end"))
+            assert begun == ended, file.name
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_takes_every_saved_table(page: str, run: Path, tmp_path: Path) -> None:
+    del page
+    files = sorted((run / "report" / "tables").glob("*.tex"))
+    packages = "".join(rf"\usepackage{{{name}}}" for name in ("booktabs", "graphicx"))
+    inputs = "\n".join(rf"\input{{{file.as_posix()}}}\clearpage" for file in files)
+    document = rf"\documentclass{{article}}{packages}\begin{{document}}{inputs}\end{{document}}"
+    (tmp_path / "all.tex").write_text(document)
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "all.tex"],
+        cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert f"({len(files)} pages" in done.stdout
 
 
 @pytest.mark.parametrize(

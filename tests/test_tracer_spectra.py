@@ -18,6 +18,7 @@ from galdist.statistics.tracer_spectra import (
     _Box,
     _boxes,
     _compared,
+    _correlation,
     _Prediction,
     _rows,
     load_tracers,
@@ -268,6 +269,16 @@ def test_stochasticity_takes_shot_noise_out_and_skips_what_is_left_negative():
     np.testing.assert_allclose(both["r"], [0.5, 1, 1.2])
     assert both["shot_noise"] == pytest.approx(30)
     assert list(result["with_truth"]["net"]) == ["1"]
+
+
+def test_correlations_over_the_band_have_the_error_of_the_mean_over_seeds():
+    one = np.ones(4)
+    in_band = np.array([False, True, True, True])
+    seeds = [(np.array([9.0, 0.4, 0.6, 9.0]), one, np.array([1, 1, 1, -1.0])), (0.7 * one, one, one)]
+    found = _correlation(seeds, in_band)
+    assert found["r_mean"] == pytest.approx(0.6)
+    assert found["r_mean_error"] == pytest.approx(0.1)
+    assert _correlation(seeds[:1], in_band)["r_mean_error"] is None
 
 
 def lognormal(rng, n, amplitude, n_mesh=32):

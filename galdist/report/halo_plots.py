@@ -20,6 +20,8 @@ from galdist.report.plots import INK, K_LABEL, MATTER, MUTED, Curve, Palette, de
 TRUTH = "truth"
 TALL = (3.4, 3.7)
 """Size of a panel with another one below it [inches]."""
+TRACER, TALL_TRACER = (2.4, 2.6), (2.4, 3.5)
+"""Of panels of which four side by side fill a page, without and with another one below."""
 
 Array = NDArray[np.float64]
 
@@ -86,7 +88,7 @@ def plot_marginal(
         ax.stairs(found, edges, baseline=None, color=look.color, linestyle=look.line, linewidth=1.2)
         ratio = np.divide(found, density, where=known, out=np.full(len(found), np.nan))
         below.stairs(ratio, edges, baseline=None, color=look.color, linestyle=look.line, linewidth=1.1)
-    below.set_ylim(0.45, 1.55)
+    below.set(ylim=(0.45, 1.55), yticks=(0.6, 1.0, 1.4))  # none at the ends, beside those of the other panel
     ax.set(ylabel="probability density", xlim=(edges[0], edges[-1]))
     below.set_xlim(edges[0], edges[-1])
     shown = density[number >= _FEWEST]
@@ -226,7 +228,7 @@ def plot_tracer_power(
         color=MATTER, alpha=0.35, linewidth=0,
     )  # fmt: skip
     ax.plot(k, np.where(positive, value, np.nan), color=INK, linewidth=1.2)
-    below = _below(ax, K_LABEL, r"$P / P_\mathrm{truth} - 1$")
+    below = _below(ax, K_LABEL, r"$\Delta P / P_\mathrm{truth}$")
     relative = np.where(positive, truth.error / np.where(positive, value, 1), np.nan)
     below.fill_between(k, -relative, relative, color=MATTER, alpha=0.35, linewidth=0)
     below.axhline(0, color=INK, linewidth=0.8)
@@ -242,7 +244,7 @@ def plot_tracer_power(
         ax.set_ylim(0.4 * value[positive].min(), 2.5 * value[positive].max())
         decimal_ticks(ax.yaxis, np.divide(*ax.get_ylim()[::-1]))
     below.set_xscale("log")
-    below.set_ylim(-0.5, 0.5)
+    below.set(ylim=(-0.5, 0.5), yticks=(-0.3, 0.0, 0.3))
     _wavenumbers((ax, below), k, band)
 
 

@@ -19,7 +19,7 @@ from galdist.report.published import Published
 from galdist.report.tables import Cell, Row, Table, measured, save_latex
 from galdist.run import Run, RunError, Step
 from galdist.statistics.scores import FILE as SCORES
-from galdist.statistics.scores import ScoreRow, load_scores
+from galdist.statistics.scores import Comparison, ScoreRow, load_scores
 from galdist.statistics.tracer_spectra import FILE as TRACERS
 from galdist.statistics.tracer_spectra import load_tracers
 
@@ -33,7 +33,20 @@ Array = NDArray[np.float64]
 MOST = 5
 """Models in one figure."""
 _TRUTH = "truth"
-_POINT = {"mse": "MSE", "mae": "MAE", "rmse": "RMSE", "r2": "R²", "mad": "MAD", "mape": "MAPE [%]"}
+_POINT = {
+    **{"mse": "MSE", "mae": "MAE", "rmse": "RMSE", "r2": "R²", "mad": "MAD", "mape": "MAPE [%]"},
+    "pearson": "Pearson r",
+}
+_COMPARED = {
+    **{"ks": "KS", "ks_flat": "KS, flat", "ks_mean": "KS, mean"},
+    **{"ks_peacock": "2-D KS (Peacock)", "ks_fasano_franceschini": "2-D KS (Fasano & Franceschini)"},
+    **{"wasserstein": "Wasserstein", "energy_distance": "energy distance"},
+    **{"crps": "CRPS", "energy_score": "energy score"},
+    **{"rank_chi2": "rank χ²", "pit_ks": "PIT KS"},
+    **{f"{metric}_draw": f"{words}, draws" for metric, words in _POINT.items()},
+    **{metric: f"{words}, best values" for metric, words in _POINT.items()},
+}
+"""Metrics of the table of who is best, in its order; coverage and pinball losses have their level too."""
 _ERRORS = "Errors are those of the mean over seeds, or, of a single prediction, of a bootstrap over halos."
 
 
@@ -51,6 +64,9 @@ class Scores:
         self.labels = list(dict.fromkeys(row["label"] for row in rows))
         self.seeds = {row["label"]: row["seeds"] for row in rows}
         self.joints = [of for of in dict.fromkeys(row["of"] for row in rows) if "+" in of]
+        self.comparisons: dict[tuple[str, str], Comparison] = {
+            (one["metric"], one["of"]): one for one in found["comparisons"]
+        }
         self.ranks = {(one["label"], one["of"]): np.array(one["counts"], float) for one in found["ranks"]}
 
     def row(self, label: str, metric: str, of: str) -> ScoreRow | None:
@@ -411,38 +427,56 @@ def _score_tables(scores: Scores, published: Published | None, prefix: str) -> l
     names, sets = scores.properties, scores.sets()
     single = [(_short_name(name), "ks", name) for name in names]
     several = [(f"{_set_name(of)}, {kind}", f"ks_{kind}", of) for of in sets for kind in ("flat", "mean")]
+    ks = single + several
+    energy = [(_short_name(name), "energy_distance", name) for name in names]
+    energy += [(_set_name(of), "energy_distance", of) for of in sets]
+    plane = [(f"{_set_name(of)}, 2-D KS", "ks_peacock", of) for of in scores.joints]
     remark = f" {published.remarks['ks']}" if published and "ks" in published.remarks else ""
     cited = f" Published: {published.citation}." if published else ""
+    bold = f"Bold: not above it by more than two standard deviations. {_ERRORS}"
     floor = (
-        "Noise floor: mean and scatter between two true samples of as many galaxies. Bold: not above it "
-        "by more than two standard deviations. Between draws: what that model would score were the truth one "
-        f"of its own draws, which are of the same halos. {_ERRORS}"
+        "Noise floor: mean and scatter between two true samples of as many galaxies. Between draws: what "
+        f"that model would score were the truth one of its own draws, which are of the same halos. {bold}"
     )
+    units = "of several properties in units of each one's standard deviation"
     tables = [
+        *_best(scores, prefix),
         _table(
             scores, published, f"{prefix}ks", "Kolmogorov–Smirnov distances",
             "KS distance of one draw a halo from the truth, of each property and of several: flat, with "
             "all columns "
             f"pooled into one, and the mean over columns. {floor}{cited}{remark}",
-            single + several,
+            ks,
         ),
         _table(
             scores, published, f"{prefix}distances", "Energy and two-dimensional distances",
-            "Energy distance, of several properties in units of each one's standard deviation, and "
-            "two-dimensional "
-            f"KS distance (Peacock 1983) of one draw a halo from the truth. {floor}",
-            [(_short_name(name), "energy_distance", name) for name in names]
-            + [(_set_name(of), "energy_distance", of) for of in sets]
-            + [(f"{_set_name(of)}, 2-D KS", "ks_peacock", of) for of in scores.joints],
+            f"Energy distance, {units}, and two-dimensional KS distance (Peacock 1983) of one draw a halo "
+            f"from the truth. {floor}",
+            energy + plane,
+        ),
+        _table(
+            scores, published, f"{prefix}wasserstein", "Wasserstein distances",
+            f"Wasserstein distance, in units of the property, {units} and sliced, and two-dimensional KS "
+            f"distance after Fasano & Franceschini (1987) of one draw a halo from the truth. {floor}",
+            [(_short_name(name), "wasserstein", name) for name in names]
+            + [(_set_name(of), "wasserstein", of) for of in sets]
+            + [(f"{_set_name(of)}, 2-D KS", "ks_fasano_franceschini", of) for of in scores.joints],
+            folded=True,
+        ),
+        _table(
+            scores, None, f"{prefix}between-draws", "Distances between draws",
+            "KS and energy distance between two draws of each model for the same halos, with their scatter: "
+            "what the model would score were the truth one of its draws.",
+            single + energy + plane, key="self_floor", folded=True,
         ),
         _table(
             scores, published, f"{prefix}proper-scores", "CRPS and energy scores",
-            "CRPS of each property, in its units, and energy score of several, in units of each one's "
-            "standard "
-            f"deviation: means over halos of all draws, lower is better. Bold: the lowest. {_ERRORS}",
+            f"CRPS of each property, in its units, and energy score, {units}: means over halos of all "
+            f"draws, lower is better. Bold: the lowest. {_ERRORS}",
             [(_short_name(name), "crps", name) for name in names]
             + [(_set_name(of), "energy_score", of) for of in sets],
         ),
+        _pinball_table(scores, f"{prefix}pinball"),
         _table(
             scores, published, f"{prefix}coverage", "Calibration",
             "Fraction of truths within central intervals of the draws. Bold: within 0.01 of the nominal "
@@ -452,12 +486,90 @@ def _score_tables(scores: Scores, published: Published | None, prefix: str) -> l
                 for name in names
                 for metric in scores.metrics("coverage_", name)
             ],
+            foot="Nominal",
+        ),
+        _table(
+            scores, published, f"{prefix}ranks", "Rank histograms and PIT",
+            "χ² of the rank histogram of each property against a flat one, and KS distance of the "
+            "probability integral transform (PIT) from uniform. Calibrated: mean and scatter of a "
+            f"calibrated model of as many draws as the first one. {bold}",
+            [
+                (f"{_short_name(name)}, {words}", metric, name)
+                for metric, words in (("rank_chi2", "χ²"), ("pit_ks", "PIT KS"))
+                for name in names
+            ],
+            foot="Calibrated", folded=True,
         ),
     ]  # fmt: skip
     ofs = [*names, *sets]
     for number, of in enumerate(ofs):
         tables.append(_point_table(scores, published, f"{prefix}points-{number + 1}", of))
     return [table for table in tables if table.rows and len(table.columns) > 1]
+
+
+def _best(scores: Scores, prefix: str) -> list[Table]:
+    """Who is best at each metric: of the first set of properties; folded, of each property and other sets."""
+    sets = scores.sets() if len(scores.properties) > 1 else []
+    caption = (
+        "The best model of each metric, and those that are as good: worse by two standard deviations of "
+        "the difference at most. All others are worse by more; next: the best of them, and by how much. "
+        "Errors of differences are of both means over seeds and of a bootstrap over halos, the same ones "
+        "for both models; of single predictions of the bootstrap alone. Noise floor: mean and scatter "
+        "between two true samples of as many galaxies, or of a calibrated model."
+    )
+    columns = ("best", "value", "noise floor", "as good", "next", "worse by")
+    tables = []
+    for name, words, ofs in (
+        ("best", f": {_set_name(sets[0])}" if sets else "", sets[:1]),
+        ("best-others", " of other properties" if sets else "", [*scores.properties, *sets[1:]]),
+    ):
+        rows = [
+            _best_row(scores, metric, of, scores.comparisons[metric, of])
+            for of in ofs
+            for metric in _COMPARED
+            if (metric, of) in scores.comparisons
+        ]
+        if name == "best":  # all of one set, which the title names
+            rows = [Row(row.note, row.cells) for row in rows]
+        title = f"Best models{words}"
+        folded = name != "best" and bool(sets)
+        heads = ("Score" if name == "best" else "Property", *columns)
+        tables.append(Table(f"{prefix}{name}", title, caption, heads, tuple(rows), folded=folded))
+    return tables
+
+
+def _best_row(scores: Scores, metric: str, of: str, found: Comparison) -> Row:
+    good = [label for label, (difference, error) in found["worse"].items() if difference <= 2 * error]
+    others = {label: worse for label, worse in found["worse"].items() if label not in good}
+    after = min(others, key=lambda label: others[label][0], default="")
+    row = scores.row(found["best"], metric, of)
+    texts = (
+        found["best"], _value(row), _value(row, "floor"), ", ".join(good), after,
+        measured(*others[after]) if after else "",
+    )  # fmt: skip
+    return Row(_set_name(of), tuple(map(Cell, texts)), _COMPARED[metric])
+
+
+def _pinball_table(scores: Scores, name: str) -> Table:
+    """A line for each label and property, a column for each level."""
+    metrics = list(dict.fromkeys(m for of in scores.properties for m in scores.metrics("pinball_", of)))
+    cells = {
+        of: {
+            label: [(_value(row), row["value"]) if row else ("", None) for row in found]
+            for label in scores.labels
+            if any(found := [scores.row(label, metric, of) for metric in metrics])
+        }
+        for of in scores.properties
+    }
+    rows = [
+        Row(_short_name(of), row.cells, row.head) for of, found in cells.items() for row in _strongest(found)
+    ]
+    caption = (
+        "Pinball loss of the quantiles of each property at the levels above, in its units: lower is better. "
+        f"Bold: the lowest of each property. {_ERRORS}"
+    )
+    heads = ("Property", *(metric.removeprefix("pinball_") for metric in metrics))
+    return Table(name, "Pinball losses", caption, heads, tuple(rows), folded=True)
 
 
 def _table(
@@ -467,9 +579,12 @@ def _table(
     title: str,
     caption: str,
     columns: Sequence[tuple[str, str, str]],
+    foot: str = "Noise floor",
+    key: str = "value",
+    folded: bool = False,
 ) -> Table:
     """A line for each label, a column for each (head, metric, properties), or two where figures were
-    published; the noise floor is the foot."""
+    published; what is at the ``foot`` is the floor. ``key`` is what of a score is shown."""
     columns = [column for column in columns if any(scores.row(label, *column[1:]) for label in scores.labels)]
     cited = {
         column: {
@@ -490,29 +605,28 @@ def _table(
             if cited[column]:
                 cells.append(Cell(measured(cited[column].get(label, math.nan))))
             row = scores.row(label, *column[1:])
-            cells.append(Cell(_value(row), _good(row, least[column])) if row else Cell())
+            cells.append(
+                Cell(_value(row, key), key == "value" and _good(row, least[column])) if row else Cell()
+            )
         if any(cell.text for cell in cells):
             rows.append(Row(label, tuple(cells)))
     floors = [
         next((row for label in scores.labels if (row := scores.row(label, *column[1:]))), None)
         for column in columns
     ]
-    foot: list[Row] = []
-    if any(row is not None and row["floor"] is not None for row in floors):
+    below: list[Row] = []
+    if key == "value" and any(row is not None and row["floor"] is not None for row in floors):
         cells = []
         for column, row in zip(columns, floors, strict=True):
             cells += [Cell()] * bool(cited[column])
             cells.append(Cell(_value(row, "floor") if row else ""))
-        foot = [
-            Row("Nominal" if name.endswith("coverage") else "Noise floor", tuple(cells)),
-            *_between_draws(scores, columns, cited),
-        ]
+        below = [Row(foot, tuple(cells)), *_between_draws(scores, columns, cited)]
     if any(cited.values()):
         groups = tuple((column[0], 1 + bool(cited[column])) for column in columns)
         heads = [text for column in columns for text in (["published"] * bool(cited[column]) + ["ours"])]
     else:
         groups, heads = (), [column[0] for column in columns]
-    return Table(name, title, caption, ("Model", *heads), tuple(rows), tuple(foot), groups)
+    return Table(name, title, caption, ("Model", *heads), tuple(rows), tuple(below), groups, folded)
 
 
 def _between_draws(
@@ -619,6 +733,10 @@ class _TracerBox:
     def _title(self, number: str) -> str:
         return f"{number}: {_selection(self.box['tracers'][number]['selection'])}"
 
+    def _head(self, number: str) -> str:
+        """The same above a panel: four of them are as wide as a page."""
+        return self._title(number).replace(", ", ",\n")
+
     def figures(self, artist: Artist, prefix: str) -> list[Block]:
         """All of them."""
         from galdist.report import halo_plots
@@ -636,14 +754,14 @@ class _TracerBox:
         marks = f"Dotted: the band {self._band}."
         blocks = [
             self._by_tracer(
-                artist, f"{prefix}tracers", "Power spectra", self._power, halo_plots.TALL,
+                artist, f"{prefix}tracers", "Power spectra", self._power, halo_plots.TALL_TRACER,
                 f"Power spectra of the seven tracers of {self._where}, shot noise removed: truth, and the "
                 "mean over "
                 "seeds of each model's draws. Below: relative error. Bands: one standard deviation of the "
                 f"truth.{checked} {marks}",
             ),
             self._by_tracer(
-                artist, f"{prefix}tracer-residuals", "Residuals", self._residual, (2.9, 2.6),
+                artist, f"{prefix}tracer-residuals", "Residuals", self._residual, halo_plots.TRACER,
                 f"Squared residuals of the power of each tracer of {self._where} over its variance, mean "
                 "over draws. "
                 "Truth and models have the same halos, so that most of the variance is common to both. "
@@ -654,7 +772,7 @@ class _TracerBox:
             blocks.append(
                 self._by_tracer(
                     artist, f"{prefix}tracer-correlation", "Correlation with the truth",
-                    self._correlation, (2.9, 2.6),
+                    self._correlation, halo_plots.TRACER,
                     f"Correlation r(k) of each predicted tracer with the true one, {self._where}, shot "
                     "noise removed. "
                     f"It is 1 where predicted and true tracers lie in the same structures. {marks}",
@@ -714,7 +832,7 @@ class _TracerBox:
         def draw(ax: "Axes", palette: "Palette") -> None:
             halo_plots.plot_tracer_power(
                 ax, self.box["k"], plots.Curve(truth["power"], truth["error"]), self._of(number, "power"),
-                palette, self.band, self._title(number),
+                palette, self.band, self._head(number),
             )  # fmt: skip
 
         return Panel(draw, f"Power spectrum of tracer {self._title(number)}. {self._said(number)}")
@@ -724,7 +842,7 @@ class _TracerBox:
 
         def draw(ax: "Axes", palette: "Palette") -> None:
             halo_plots.plot_residual(
-                ax, self.box["k"], self._of(number, "residual"), palette, self.band, self._title(number)
+                ax, self.box["k"], self._of(number, "residual"), palette, self.band, self._head(number)
             )
 
         return Panel(draw, f"Squared residuals of tracer {self._title(number)}. {self._said(number)}")
@@ -744,7 +862,7 @@ class _TracerBox:
         }
 
         def draw(ax: "Axes", palette: "Palette") -> None:
-            halo_plots.plot_stochasticity(ax, self.box["k"], found, palette, self.band, self._title(number))
+            halo_plots.plot_stochasticity(ax, self.box["k"], found, palette, self.band, self._head(number))
 
         return Panel(draw, f"Correlation of predicted and true galaxies of tracer {self._title(number)}.")
 
@@ -817,7 +935,7 @@ class _TracerBox:
                 Table(
                     f"{prefix}tracer-stochasticity", "Correlation with the truth",
                     f"Correlation r of predicted and true galaxies of each tracer of {self._where}, mean "
-                    f"over {self._band}, shot noise removed.",
+                    f"over {self._band}, shot noise removed; errors are those of the mean over seeds.",
                     ("Model", *heads),
                     tuple(
                         Row(label, tuple(_r_mean(found, number) for number in self.numbers))
@@ -825,7 +943,49 @@ class _TracerBox:
                     ),
                 )
             )  # fmt: skip
-        return tables
+        return [
+            *tables,
+            self._kept(f"{prefix}tracer-kept"),
+            *self._between_tracers(f"{prefix}tracer-between"),
+        ]
+
+    def _kept(self, name: str) -> Table:
+        """The diagonals of all confusions."""
+        order = [0, *map(int, self.numbers)]
+        share = np.asarray(self.box["counts"][_TRUTH], float) / self.box["n_halos"]
+        rows = [
+            Row(label, tuple(Cell(_plain(found["rates"][i][i], 3)) for i in order))
+            for label, found in self.box["confusion"].items()
+        ]
+        caption = (
+            "Fraction of the galaxies of each true tracer that one draw of each model puts in the same one, "
+            f"{self._where}, mean over draws and seeds. By chance: the tracer's share of all galaxies."
+        )
+        chance = Row("By chance", tuple(Cell(_plain(share[i], 3)) for i in order))
+        heads = ("Model", "none", *self.numbers)
+        return Table(
+            name, "Galaxies kept by each tracer", caption, heads, tuple(rows), (chance,), folded=True
+        )
+
+    def _between_tracers(self, name: str) -> Iterator[Table]:
+        """How far correlations between tracers are from the truth's, of all models."""
+        cells = {}
+        for label in self.box.get("cross", {}):
+            difference = self._matrix(label) - self._matrix(_TRUTH)
+            if label == _TRUTH or not np.isfinite(difference).any():
+                continue
+            rms, largest = np.sqrt(np.nanmean(difference**2)), np.nanmax(np.abs(difference))
+            row, column = np.argwhere(np.abs(difference) == largest)[0]
+            cells[label] = [(_plain(value, 3), value) for value in (rms, largest)]
+            cells[label].append((f"{self.numbers[column]} and {self.numbers[row]}", None))
+        if cells:
+            yield Table(
+                name, "Correlations between tracers",
+                f"Correlation r between tracers of {self._where}, mean over {self._band}: root mean "
+                "square over pairs of tracers, and largest, of the differences from the truth. Bold: the "
+                "lowest.",
+                ("Model", "rms", "largest", "between"), _strongest(cells), folded=True,
+            )  # fmt: skip
 
     def _between_draws(self, key: str) -> tuple[Row, ...]:
         """χ² between draws of the first model shown that has several."""
@@ -899,7 +1059,10 @@ def _plain(value: float | None, digits: int) -> str:
 
 
 def _r_mean(found: Mapping[str, Any], number: str) -> Cell:
-    return Cell(_plain(found.get(number, {}).get("r_mean"), 3))
+    known = found.get(number)
+    return Cell(
+        "" if known is None or known["r_mean"] is None else measured(known["r_mean"], known["r_mean_error"])
+    )
 
 
 def _count(number: float) -> Cell:

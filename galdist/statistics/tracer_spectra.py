@@ -216,9 +216,10 @@ def load_tracers(step: str | Path) -> dict[str, Any]:
     ``counts`` (8, 8), true tracer by predicted one, a mean over draws and seeds, and ``rates``, rows that
     sum to one.
 
-    ``cross``: "truth" or label -> "1x2", ... -> ``power``, ``r``, ``r_std`` (scatter between seeds) and
-    ``r_mean`` (over the band); ``with_truth``: label -> "1", ... -> the same of the predicted tracer with the
-    true one, and ``shot_noise``. Both are there where they were asked for.
+    ``cross``: "truth" or label -> "1x2", ... -> ``power``, ``r``, ``r_std`` (scatter between seeds),
+    ``r_mean`` (over the band) and ``r_mean_error`` (of the mean over seeds); ``with_truth``: label -> "1",
+    ... -> the same of the predicted tracer with the true one, and ``shot_noise``. Both are there where they
+    were asked for.
     """
     result: dict[str, Any] = arrays(durable.read_json(Path(step) / FILE))
     return result
@@ -526,13 +527,16 @@ def _with_truth(
 
 def _correlation(seeds: Sequence[tuple[Array, Array, Array]], in_band: NDArray[np.bool_]) -> dict[str, Any]:
     """Mean cross power and r over seeds, from each one's P_ab, P_aa and P_bb."""
-    r = [_over_seeds(values) for values in zip(*(_stochasticity(*seed) for seed in seeds), strict=True)]
-    mean = np.array([found["value"] for found in r], float)
+    each = [_stochasticity(*seed) for seed in seeds]
+    r = [_over_seeds(values) for values in zip(*each, strict=True)]
+    of_band = [values[in_band & np.isfinite(values)] for values in each]
+    mean = _over_seeds([float(values.mean()) if values.size else math.nan for values in of_band])
     return {
         "power": np.mean([cross for cross, _, _ in seeds], axis=0),
-        "r": mean,
+        "r": np.array([found["value"] for found in r], float),
         "r_std": np.array([found["std"] for found in r], float),
-        "r_mean": _over_seeds(mean[in_band].tolist())["value"],
+        "r_mean": mean["value"],
+        "r_mean_error": mean["error"],
     }
 
 
