@@ -6,7 +6,8 @@ number of ranks trains on the same batches, and a resumed run sees what it would
 A batch is a dict: one float32 tensor ``(batch, component, z, y, x)`` a field, in the field's own units;
 ``halo``, the number of voxels at each face that are context only (no loss, no prediction); ``periodic``,
 whether the batch holds whole boxes, whose opposite faces touch; and, for models that are conditioned on
-parameters of the simulation, ``parameters``, float32 ``(batch, parameter)``.
+parameters of the simulation, ``parameters``, float32 ``(batch, parameter)``. In training, ``seed``
+``(batch,)`` numbers the samples of an epoch in their order, from a start of its own on, for models that draw.
 """
 
 import contextlib
@@ -41,6 +42,8 @@ from hpc import ddp, durable
 
 PARAMETERS = "parameters"
 """What a batch calls the parameters of its simulations."""
+SEED = "seed"
+"""What a batch calls the numbers that its samples' own noise is drawn from."""
 
 
 class Mesh(Protocol):
@@ -305,7 +308,7 @@ class CropIndex(NamedTuple):
     box: int
 
 
-class CropDataset(Dataset[dict[str, NDArray[np.float32]]]):
+class CropDataset(Dataset[dict[str, NDArray[Any]]]):
     """Random crops, by `CropIndex`: origin and symmetry are drawn from ``(seed, epoch, sample)``.
 
     ``parameters`` are those of each box of the cache, (p,); none by default.
@@ -327,11 +330,12 @@ class CropDataset(Dataset[dict[str, NDArray[np.float32]]]):
         self.seed = seed
         self.parameters = list(parameters)
 
-    def __getitem__(self, index: CropIndex) -> dict[str, NDArray[np.float32]]:
+    def __getitem__(self, index: CropIndex) -> dict[str, NDArray[Any]]:
         random = np.random.default_rng([self.seed, index.epoch, index.sample])
         origin = random.integers(self.n_mesh, size=3).tolist()
         symmetry = int(random.integers(N_SYMMETRIES))
-        sample = {}
+        first = np.random.default_rng([self.seed, index.epoch]).integers(2**31)
+        sample: dict[str, NDArray[Any]] = {SEED: np.asarray(first + index.sample)}
         for field in self.fields:
             values = self.cache.load(index.box, field)
             crop = periodic_crop(values, origin, (self.crop,) * 3)
@@ -420,7 +424,7 @@ class _Collate:
     def __init__(self, halo: int, periodic: bool) -> None:
         self.halo, self.periodic = halo, periodic
 
-    def __call__(self, samples: list[dict[str, NDArray[np.float32]]]) -> Batch:
+    def __call__(self, samples: list[dict[str, NDArray[Any]]]) -> Batch:
         batch: Batch = {
             field: torch.from_numpy(np.stack([s[field] for s in samples])) for field in samples[0]
         }

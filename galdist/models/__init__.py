@@ -25,6 +25,7 @@ call."""
 MODELS: dict[str, str] = {
     "r2unet-classifier": "galdist.models.r2unet:R2UNetClassifier",
     "r2unet-regressor": "galdist.models.r2unet:R2UNetRegressor",
+    "vdm": "galdist.models.diffusion:VariationalDiffusion",
     "inception-classifier": "galdist.models.inception:InceptionClassifier",
     "inception-regressor": "galdist.models.inception:InceptionRegressor",
     "nn-class": "galdist.models.classes:BinClassifier",

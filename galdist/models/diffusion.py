@@ -1,0 +1,385 @@
+"""Variational diffusion: samples of galaxy fields given the matter, with a bound on their likelihood.
+
+Kingma et al. 2021 (arXiv:2107.00630), in continuous time; on CAMELS: Ono et al. 2024 (arXiv:2403.10648). The
+data get noisier with t until nothing is left of them; a network learns their posterior mean given the noisy
+ones. From the network alone follow a bound on -ln p(data), which training minimizes, and samples.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field as Constraint
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from galdist.data.datasets import PARAMETERS, SEED
+from galdist.data.transforms import Normalization
+from galdist.grids.store import Field
+from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
+from galdist.models.layers import trim
+from galdist.models.noise import LinearConfig, NoiseSchedule, ScheduleConfig, signal_and_noise
+from galdist.models.samplers import Crops, Denoiser, Sampler, joint
+from galdist.models.unet import Features, UNet
+from galdist.models.voxels import InputConfig
+from hpc import ddp
+
+TERMS = ("prior", "reconstruction", "diffusion")
+"""Of the bound."""
+
+_TIMES = 8  # at which a validation looks at each tile
+_GOLDEN = 2654435769  # 2^32 over the golden ratio
+
+
+def bound(
+    x: Tensor, denoiser: Denoiser, schedule: NoiseSchedule, t: Tensor, noise: Tensor, halo: int = 0
+) -> dict[str, Tensor]:
+    """The terms of a bound on -ln p(x) [nats] in every cell, whose sum over cells has the bound as its mean.
+
+    Kingma et al. 2021 (arXiv:2107.00630), eqs. 11 and 17: what the noisiest field still knows of x
+    (``prior``), what the least noisy one does not (``reconstruction``, with a Gaussian of its noise as the
+    decoder), and what the denoiser misses between them (``diffusion``), looked at in one moment.
+
+    Parameters
+    ----------
+    x
+        data ``(b, c, *mesh)``.
+    denoiser
+        posterior mean of x.
+    t
+        ``(b,)`` in [0, 1], evenly distributed.
+    noise
+        standard Gaussian, of the shape of ``x``.
+    halo
+        cells at each face that are left out.
+
+    Returns
+    -------
+    each of `TERMS`, ``(b, c, *mesh)`` without the halo. The gradient for the shape of the schedule, which the
+    mean does not depend on, is that of the diffusion loss squared: it lowers the variance (appendix I).
+    """
+    spatial, ones = x.ndim - 2, (1,) * (x.ndim - 1)
+    first, span = schedule.first, schedule.span
+    s, slope = schedule.shape(t)
+    gamma = first + span * s
+    alpha, sigma = (a.view(-1, *ones) for a in signal_and_noise(gamma))
+    missed = x - denoiser(alpha * x + sigma * noise, gamma)
+    x, missed = trim(x, halo, spatial), trim(missed, halo, spatial)
+    diffusion = 0.5 * (span * slope * torch.exp(-gamma)).view(-1, *ones) * missed.square()
+    if s.requires_grad:
+        twice = 2 * diffusion.detach().flatten(1).mean(1)
+        s.register_hook(lambda gradient: gradient * twice)
+        slope.register_hook(lambda gradient: gradient * twice)
+    alpha_1, sigma_1 = signal_and_noise(first + span)
+    return {
+        "prior": 0.5 * ((alpha_1 * x).square() + sigma_1.square() - 1) - sigma_1.log(),
+        # The squared error of the decoder, over its variance, has the mean 1.
+        "reconstruction": (0.5 * (1 + math.log(2 * math.pi) + first)).expand_as(x),
+        "diffusion": diffusion,
+    }
+
+
+class TargetConfig(InputConfig):
+    """A field that is drawn."""
+
+    quantum: PositiveFloat | None = None
+    """Width of the steps in which the field is known: 1 for counts, the least mass for masses that are zero
+    in most voxels. Uniform noise of this width makes a density of it; what is drawn is rounded down to it.
+    None where the field is continuous."""
+
+
+class DiffusionConfig(ModelConfig):
+    """Settings of a diffusion model; defaults are those of Ono et al. 2024 where they give them."""
+
+    name: Literal["vdm"] = "vdm"
+    inputs: Annotated[tuple[InputConfig, ...], Constraint(min_length=1)] = (
+        InputConfig(field="matter_counts"),
+    )
+    """What the targets are drawn given; vector fields too."""
+    targets: Annotated[tuple[TargetConfig, ...], Constraint(min_length=1)] = (
+        TargetConfig(field="galaxy_counts", quantum=1.0),
+    )
+    """What is drawn, all of it jointly."""
+    parameters: tuple[str, ...] = ()
+    """Parameters of the simulation that the targets depend on, such as Omega_m, A_SN1, redshift."""
+    unknown: Annotated[float, Constraint(ge=0, lt=1)] = 0.1
+    """Fraction of the training samples whose parameters are hidden, so that the model can do without."""
+    spatial: Literal[2, 3] = 3
+    """Dimensions that the network sees; with 2, every plane (y, x) of a box is one by itself."""
+    channels: Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)] = (48, 96, 192, 384, 768)
+    """Of each level of the network."""
+    attention: NonNegativeInt = 1
+    """Cells of the coarsest level to each side that a cell attends to."""
+    schedule: ScheduleConfig = LinearConfig()
+    sampler: Sampler = Sampler()
+    crop: PositiveInt | None = None
+    """Side of the crops in which a larger box is drawn [cells], as a rule that of training; by default a box
+    is one."""
+    overlap: NonNegativeInt = 0
+    """Cells that neighboring crops share."""
+    crops_at_once: PositiveInt = 4
+    """Crops that go through the network together when a box is drawn."""
+
+    @model_validator(mode="after")
+    def _fields_once(self) -> "DiffusionConfig":
+        names = [entry.field for entry in (*self.inputs, *self.targets)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"field {twice[0]!r} is given twice; inputs and targets are different fields")
+        return self
+
+
+class VariationalDiffusion(GridObjective):
+    """Draws the target fields given the inputs, after training by the variational bound.
+
+    Losses are in bits per dimension, that is per voxel and component of the targets, for the fields in units
+    of their own; for fields with a ``quantum``, of the probability of the value. The network gives
+    v = alpha e - sigma x (Salimans & Ho 2022, arXiv:2202.00512) where Ono et al. have e: the same mean of the
+    posterior, x = alpha z - sigma v, and errors that are not amplified where there is much noise.
+    """
+
+    Config: ClassVar[type[ModelConfig]] = DiffusionConfig
+    config: DiffusionConfig
+
+    def __init__(self, config: DiffusionConfig, parts: Sequence[Objective] = ()) -> None:
+        if parts:
+            raise ValueError(
+                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
+            )
+        super().__init__()
+        self.config = config
+        self.inputs = tuple(entry.field for entry in config.inputs)
+        self.fields = (*self.inputs, *(entry.field for entry in config.targets))
+        self.outputs = tuple(Field(name=entry.field, components=entry.components) for entry in config.targets)
+        self.simulation_parameters = config.parameters
+        self.of_inputs = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
+        self.of_targets = nn.ModuleList(Normalization(entry.normalization) for entry in config.targets)
+        self.schedule = config.schedule.build()
+        width = 4 * config.channels[0]
+        self.features = Features(config.schedule.gamma, config.parameters, width)
+        n_out = sum(entry.components for entry in config.targets)
+        n_in = n_out + sum(entry.components for entry in config.inputs)
+        self.network = UNet(n_in, n_out, config.channels, config.spatial, width, config.attention)
+        self.alignment, self.reach = self.network.alignment, self.network.reach
+
+    def prepare(self, training: TrainingFields) -> None:
+        for entry, normalization in self._inputs():
+            normalization.fit(partial(training, entry.field))
+        for entry, normalization in self._targets():
+            normalization.fit(partial(_densities, training, entry))
+        if self.features.embedding is not None:
+            self.features.embedding.standardize.fit(training)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        seeds = batch[SEED]
+        terms = self._terms(batch, seeds, _evenly(seeds))
+        means = {name: term.mean() for name, term in terms.items()}
+        return {"loss": torch.stack(list(means.values())).sum(), **means}
+
+    def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        first = batch[self.fields[0]]
+        # The same noise and times for every tile and epoch.
+        seeds = torch.arange(len(first), device=first.device)
+        sums = dict.fromkeys(TERMS, torch.zeros((), dtype=torch.float64, device=first.device))
+        dimensions = 0
+        for n in range(_TIMES):
+            t = (_evenly(seeds) + n) / _TIMES
+            for name, term in self._terms(batch, seeds + n * len(seeds), t).items():
+                sums[name] = sums[name] + term.sum(dtype=torch.float64)
+                dimensions = term.numel()
+        means = {name: total / _TIMES for name, total in sums.items()}
+        return {**means, "dimensions": torch.tensor(dimensions)}, {}
+
+    def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        terms = {name: sums[name].item() / sums["dimensions"].item() for name in TERMS}
+        return {"loss": sum(terms.values()), **terms}
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """The sample of the seed 0, of whole boxes."""
+        if not batch["periodic"]:
+            raise ValueError(
+                f"{self.config.name} draws whole boxes, for tiles that are drawn one by one do not fit each "
+                "other: set `tile` to the n_mesh of the box, and model.crop for one that exceeds the memory"
+            )
+        device = batch[self.inputs[0]].device
+        return self.sample(batch, torch.Generator(device).manual_seed(0))
+
+    @torch.no_grad()
+    def sample(
+        self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
+    ) -> dict[str, Tensor]:
+        """A draw of the targets given the inputs, for each box of a batch.
+
+        Parameters
+        ----------
+        batch
+            inputs ``(b, c, z, y, x)``, cubes, with their halo; and the simulations' parameters, where these
+            are known. Boxes that are larger than ``crop`` are whole ones, `periodic`.
+        generator
+            of all that is random, on the device of the inputs. With one state it gives one sample.
+        group
+            ranks that share the crops of these boxes; all call it with the same arguments.
+
+        Returns
+        -------
+        the targets in units of their own, ``(b, c, z, y, x)`` without the halo.
+
+        Raises
+        ------
+        ValueError
+            where boxes are to be drawn in crops that do not cover them.
+        """
+        config, halo = self.config, batch["halo"]
+        condition, parameters = self._condition(batch), batch.get(PARAMETERS)
+        shape = (len(condition), self.network.head.out_features, *condition.shape[2:])
+        noise = torch.randn(shape, generator=generator, device=condition.device)
+        condition, noise = self._split(condition), self._split(noise)
+        if parameters is not None:
+            parameters = parameters.repeat_interleave(len(noise) // shape[0], 0)
+        n_mesh = shape[-1]
+        crops = Crops(n_mesh, config.spatial, config.crop or n_mesh, config.overlap, self.alignment)
+        if not (batch["periodic"] or crops.whole):
+            raise ValueError(
+                f"model.crop is {config.crop}: a block of {n_mesh} cells that is no whole box cannot be "
+                "drawn in crops; give the box, or a block no larger than a crop"
+            )
+
+        def denoise(z: Tensor, gamma: Tensor, condition: Tensor, boxes: Tensor) -> Tensor:
+            known = None if parameters is None else parameters[boxes]
+            return self._denoise(z, gamma, condition, known, crops.whole and batch["periodic"])
+
+        denoiser = joint(denoise, condition, crops, config.crops_at_once, group)
+        x = config.sampler.draw(denoiser, self.schedule, noise, generator)
+        if config.spatial == 2:
+            x = x.unflatten(0, (shape[0], -1)).movedim(1, 2)
+        fields = {}
+        sizes = [entry.components for entry in config.targets]
+        for (entry, normalization), part in zip(self._targets(), x.split(sizes, 1), strict=True):
+            field = normalization.inverse(trim(part, halo))
+            if entry.quantum is not None:
+                field = (field / entry.quantum).floor().clamp(min=0) * entry.quantum
+            fields[entry.field] = field
+        return fields
+
+    def _terms(self, batch: Batch, seeds: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The bound's terms [bits] of every dimension, looked at in times ``t`` (b,)."""
+        condition, parameters, halo = self._condition(batch), batch.get(PARAMETERS), batch["halo"]
+        uniform, noise, hidden = self._draws(seeds, condition)
+        x, nats = self._normalized(batch, uniform)
+        x, nats, noise, condition = (self._split(field, halo) for field in (x, nats, noise, condition))
+        n_planes = len(x) // len(t)
+        t = ((t[:, None] + torch.arange(n_planes, device=t.device) / n_planes) % 1).flatten()
+        known = None
+        if parameters is not None:
+            parameters = parameters.repeat_interleave(n_planes, 0)
+            if self.training:
+                known = (hidden >= self.config.unknown).repeat_interleave(n_planes, 0)
+
+        def denoiser(z: Tensor, gamma: Tensor) -> Tensor:
+            return self._denoise(z, gamma, condition, parameters, batch["periodic"], known)
+
+        terms = bound(x, denoiser, self.schedule, t, noise, halo)
+        terms["reconstruction"] = terms["reconstruction"] + trim(nats, halo, self.config.spatial)
+        return {name: term / math.log(2) for name, term in terms.items()}
+
+    def _inputs(self) -> Iterator[tuple[InputConfig, Normalization]]:
+        for entry, normalization in zip(self.config.inputs, self.of_inputs, strict=True):
+            assert isinstance(normalization, Normalization)
+            yield entry, normalization
+
+    def _targets(self) -> Iterator[tuple[TargetConfig, Normalization]]:
+        for entry, normalization in zip(self.config.targets, self.of_targets, strict=True):
+            assert isinstance(normalization, Normalization)
+            yield entry, normalization
+
+    def _condition(self, batch: Batch) -> Tensor:
+        """Normalized inputs, ``(b, c, z, y, x)``."""
+        return torch.cat([normalization(_field(batch, entry)) for entry, normalization in self._inputs()], 1)
+
+    def _normalized(self, batch: Batch, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """The targets as densities, normalized, and what that adds to -ln p in each cell; both
+        ``(b, c, z, y, x)``."""
+        normalized, nats = [], []
+        sizes = [entry.components for entry in self.config.targets]
+        for (entry, normalization), noise in zip(self._targets(), uniform.split(sizes, 1), strict=True):
+            field = _field(batch, entry)
+            if entry.quantum is not None:
+                field = ((field / entry.quantum).floor() + noise) * entry.quantum
+            with torch.enable_grad(), torch.autocast(field.device.type, enabled=False):
+                field = field.detach().requires_grad_()
+                x = normalization(field)
+                (slope,) = torch.autograd.grad(x.sum(), field)
+            normalized.append(x.detach())
+            nats.append(-(slope * (entry.quantum or 1.0)).log())
+        return torch.cat(normalized, 1), torch.cat(nats, 1)
+
+    def _draws(self, seeds: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Uniform and Gaussian numbers for the targets, and a uniform one for each sample: a function of its
+        seed alone, whatever batch it is in."""
+        shape = (self.network.head.out_features, *like.shape[2:])
+        uniform, noise, one = [], [], []
+        for seed in seeds.tolist():
+            generator = torch.Generator(like.device).manual_seed(seed)
+            uniform.append(torch.rand(shape, generator=generator, device=like.device))
+            noise.append(torch.randn(shape, generator=generator, device=like.device))
+            one.append(torch.rand((), generator=generator, device=like.device))
+        return torch.stack(uniform), torch.stack(noise), torch.stack(one)
+
+    def _split(self, x: Tensor, halo: int = 0) -> Tensor:
+        """Fields ``(b, c, z, y, x)`` as what the network sees: in two dimensions planes ``(b z, c, y, x)``,
+        those inside the halo."""
+        if self.config.spatial == 3:
+            return x
+        return x[:, :, halo : x.shape[2] - halo].movedim(2, 1).flatten(0, 1)
+
+    def _denoise(
+        self,
+        z: Tensor,
+        gamma: Tensor,
+        condition: Tensor,
+        parameters: Tensor | None,
+        periodic: bool,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """E[x | z], of what `Features` takes."""
+        with torch.autocast(z.device.type, enabled=False):  # eight bits are too few for gamma
+            features = self.features(gamma, parameters, known)
+        v = self.network(torch.cat([z, condition], 1), features, periodic)
+        alpha, sigma = (a.view(-1, *(1,) * (z.ndim - 1)) for a in signal_and_noise(gamma))
+        x: Tensor = alpha * z - sigma * v
+        return x
+
+
+def _field(batch: Batch, entry: InputConfig) -> Tensor:
+    field: Tensor = batch[entry.field]
+    if field.shape[1] != entry.components:
+        raise ValueError(
+            f"field {entry.field!r} has {field.shape[1]} components, not the {entry.components} that the "
+            "model was given"
+        )
+    return field
+
+
+def _densities(training: TrainingFields, entry: TargetConfig) -> Iterator[NDArray[Any]]:
+    """A target in the training simulations, as the densities that the model learns."""
+    random = np.random.default_rng(0)
+    for values in training(entry.field):
+        if entry.quantum is None:
+            yield values
+            continue
+        if values.min() < 0:
+            raise ValueError(
+                f"field {entry.field!r} has a quantum of {entry.quantum:g}, so it counts something, but is "
+                f"{values.min():g} in a voxel: leave `quantum` out"
+            )
+        uniform = random.random(values.shape, np.float32)
+        yield (np.floor(values / entry.quantum) + uniform) * np.float32(entry.quantum)
+
+
+def _evenly(seeds: Tensor) -> Tensor:
+    """Numbers in [0, 1) as far from each other as can be for any run of successive ``seeds``: the multiples
+    of the golden ratio."""
+    return (((seeds % 2**31) * _GOLDEN) % 2**32).double().div(2**32).float()

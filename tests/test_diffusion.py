@@ -1,0 +1,292 @@
+"""The bound is one, and tight where the denoiser is exact; trained networks draw from Wiener's posterior."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gaussian_fields import GaussianFields
+from torch import Tensor
+
+from galdist.models import build, from_description
+from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
+from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
+
+COUNTS = {"field": "galaxy_counts", "quantum": 1.0, "normalization": ["standardize"]}
+
+
+def objective(**config: Any) -> VariationalDiffusion:
+    """A small one."""
+    torch.manual_seed(0)
+    return VariationalDiffusion(DiffusionConfig.model_validate({"channels": [2], "attention": 0} | config))
+
+
+def batch(n: int = 8, b: int = 2, halo: int = 0, seed: int = 0) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+    density = random.gamma(0.5, 2.0, (b, 1, n, n, n))
+    return {
+        "matter_counts": torch.from_numpy(density).float(),
+        "galaxy_counts": torch.from_numpy(random.poisson(0.2 * density)).float(),
+        "momentum": torch.from_numpy(random.normal(size=(b, 3, n, n, n))).float(),
+        "seed": torch.arange(b) + 7,
+        "halo": halo,
+        "periodic": halo == 0,
+    }
+
+
+def prepared(data: dict[str, Any], **config: Any) -> VariationalDiffusion:
+    """On ``data``, with weights of its own in the layers that give nothing at first."""
+    model = objective(**config)
+    model.prepare(lambda name: iter(data[name].numpy()))
+    with torch.no_grad():
+        model.network.head.weight.normal_(0, 0.1)
+    return model
+
+
+class Exact(VariationalDiffusion):
+    """With a formula in the network's place."""
+
+    posterior_mean: Callable[[Tensor, Tensor], Tensor]
+
+    def _denoise(self, z: Tensor, gamma: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.posterior_mean(z, gamma)
+
+
+def bound_and_error(model: VariationalDiffusion, data: dict[str, Any]) -> tuple[float, float]:
+    """Of the samples of ``data`` [bits/dim], and its Monte-Carlo error."""
+    with torch.no_grad():
+        t = _evenly(data["seed"])
+        terms = model._terms(data, data["seed"], t)
+        # Where there is little noise the loss is the noise squared, whose mean is 1: less scatter without it.
+        _, noise, _ = model._draws(data["seed"], data["matter_counts"])
+        alpha, _ = signal_and_noise(model.schedule(t))
+        known = 0.5 * model.schedule.span * alpha.square() * (noise.square() - 1).flatten(1).mean(1)
+    each = torch.stack(list(terms.values())).sum(0).flatten(1).mean(1) - known / math.log(2)
+    # Neighbors in time, which have the same mean, say how much a sample scatters.
+    scatter = each.double()[t.argsort()].diff().square().mean() / 2
+    return each.double().mean().item(), (scatter / len(each)).sqrt().item()
+
+
+@pytest.mark.parametrize("kind", ["linear", "monotone"])
+def test_the_bound_of_a_gaussian_field_is_its_entropy(kind: str) -> None:
+    fields, generator = GaussianFields(8, 2), torch.Generator().manual_seed(0)
+    x, y = fields.draw(4000, generator)
+    x, mean = fields.modes(x), fields.modes(fields.posterior_mean(y))
+    torch.manual_seed(0)
+    schedule = (LinearConfig() if kind == "linear" else MonotoneConfig(kind="monotone")).build()
+    with torch.no_grad():
+        t = _evenly(torch.arange(4000))
+        noise = torch.randn(x.shape, generator=generator)
+        terms = bound(x, lambda z, gamma: fields.denoised_modes(z, gamma, mean), schedule, t, noise)
+    error = (x - mean).square() / fields.posterior_variance + fields.posterior_variance.log()
+    surprise = 0.5 * (error + math.log(2 * math.pi))  # -ln p(x | y)
+    excess = (torch.stack(list(terms.values())).sum(0) - surprise).flatten(1).mean(1) / math.log(2)
+    assert -3 * excess.std().item() / 4000**0.5 < excess.mean().item() < 0.05
+    assert terms["prior"].mean() < 1e-4
+
+
+def test_the_bound_of_counts_is_their_entropy() -> None:
+    """Pairs of voxels that depend on each other: with uniform noise a mixture of squares, whose posterior
+    given a noisy one is known."""
+    table = torch.tensor([[0.75, 0.06, 0.01], [0.04, 0.05, 0.03], [0.0, 0.02, 0.04]], dtype=torch.float64)
+    entropy = -(table[table > 0] * table[table > 0].log2()).sum().item() / 2
+    b, pairs = 4181, 120
+    places = torch.multinomial(table.flatten(), b * pairs, True, generator=torch.Generator().manual_seed(0))
+    counts = torch.stack([places // 3, places % 3], 1).float().view(b, 1, 1, pairs, 2)
+    model = Exact(DiffusionConfig.model_validate({"channels": [1], "attention": 0, "targets": [COUNTS]}))
+    data = {
+        "matter_counts": torch.rand(b, 1, 1, pairs, 2),
+        "galaxy_counts": counts,
+        "seed": torch.arange(b),
+        "halo": 0,
+        "periodic": True,
+    }
+    model.prepare(lambda name: iter(data[name].numpy()[:20]))  # type: ignore[attr-defined]
+    standardize = model.of_targets[0].transforms[0]  # type: ignore[union-attr, index]
+    edges = (torch.arange(4) - standardize.mean.double()) / standardize.std.double()
+
+    def posterior_mean(z: Tensor, gamma: Tensor) -> Tensor:
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in signal_and_noise(gamma.double()))
+        seen, scale = z.double().view(len(z), pairs, 2, 1) / alpha, sigma / alpha
+        distance = (edges - seen) / scale  # of each edge
+        weight = torch.special.ndtr(distance).diff(dim=-1).clamp(min=1e-140)
+        density = torch.exp(-0.5 * distance.square()) / math.sqrt(2 * math.pi)
+        mean = (seen - scale * density.diff(dim=-1) / weight).clamp(edges[:-1], edges[1:])  # of each bin
+        joint = table * weight[:, :, 0, :, None] * weight[:, :, 1, None, :]
+        joint = joint / joint.sum((-1, -2), keepdim=True)
+        means = [(joint.sum(-1) * mean[:, :, 0]).sum(-1), (joint.sum(-2) * mean[:, :, 1]).sum(-1)]
+        return torch.stack(means, -1).view_as(z).to(z)
+
+    model.posterior_mean = posterior_mean
+    value, error = bound_and_error(model, data)
+    assert entropy - 3 * error < value < entropy + 0.05
+    assert error < 0.01
+
+
+def test_fields_of_any_units_have_the_bound_of_the_field() -> None:
+    """A lognormal field, whose logarithm is Gaussian: what the transforms add is what the densities differ
+    by."""
+    width, scale, b = 0.8, 3.0, 4181
+    g = width * torch.randn(b, 1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    target = {"field": "mass", "normalization": ["log1p", "standardize"]}
+    model = Exact(DiffusionConfig.model_validate({"channels": [1], "attention": 0, "targets": [target]}))
+    log1p, standardize = model.of_targets[0].transforms  # type: ignore[union-attr, misc]
+    log1p.scale.fill_(scale)
+    standardize.std.fill_(width)
+    model.posterior_mean = lambda z, gamma: signal_and_noise(gamma)[0].view(-1, 1, 1, 1, 1) * z
+    field = scale * torch.expm1(g)
+    data = {
+        "matter_counts": torch.zeros_like(g),
+        "mass": field,
+        "seed": torch.arange(b),
+        "halo": 0,
+        "periodic": True,
+    }
+    value, error = bound_and_error(model, data)
+    # ln of a lognormal's density, at 1 + field / scale
+    surprise = 0.5 * (g / width).square() + math.log(width * math.sqrt(2 * math.pi)) + g + math.log(scale)
+    entropy = surprise.double().mean().item() / math.log(2)
+    assert entropy - 3 * error - 0.01 < value < entropy + 0.05
+
+
+def test_times_are_evenly_spread_over_any_run_of_seeds() -> None:
+    for start, length in ((0, 4), (12345678901, 16), (77, 64)):
+        t = _evenly(torch.arange(start, start + length)).sort().values.double()
+        gaps = torch.cat([t.diff(), t[:1] + 1 - t[-1:]])
+        assert (t >= 0).all()
+        assert (t < 1).all()
+        assert gaps.max() < 2.7 / length
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
+    """So ranks, and parts of a batch, add up to the whole."""
+    data = batch(b=4)
+    data["parameters"] = torch.randn(4, 1)
+    model = prepared(data | {"Omega_m": data["parameters"]}, parameters=["Omega_m"], unknown=0.5)
+    loss = model(data)["loss"]
+    halves = [
+        {k: v[part] if isinstance(v, Tensor) else v for k, v in data.items()}
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    assert sum(model(half)["loss"].item() for half in halves) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.equal(model(data)["loss"], loss)
+
+
+def test_losses_ignore_the_halo_and_are_the_sum_of_their_terms() -> None:
+    data = batch(12, halo=2)
+    for config in ({}, {"spatial": 2}):
+        model = prepared(data, **config)
+        losses = model(data)
+        other = {**data, "galaxy_counts": data["galaxy_counts"].clone()}
+        other["galaxy_counts"][..., :2] += 7
+        assert losses["loss"].item() == pytest.approx(
+            sum(value.item() for name, value in losses.items() if name != "loss"), rel=1e-5
+        )
+        for term in ("prior", "reconstruction"):
+            assert torch.equal(model(other)[term], losses[term])
+
+
+def test_the_shape_of_the_schedule_learns_to_lower_the_variance() -> None:
+    """Its gradient is that of the loss squared, the others' that of the loss."""
+    torch.manual_seed(0)
+    schedule = MonotoneConfig(kind="monotone", hidden=8).build()
+    x, noise, t = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4), _evenly(torch.arange(6))
+
+    def gradients(power: int) -> list[Tensor]:
+        terms = bound(x, lambda z, gamma: 0.3 * z, schedule, t, noise)
+        loss = terms["diffusion"].flatten(1).mean(1)
+        return list(torch.autograd.grad((loss**power).mean(), list(schedule.parameters())))
+
+    def plain(power: int) -> list[Tensor]:
+        gamma_0, span = schedule.first, schedule.span
+        s, slope = schedule.shape(t)
+        alpha, sigma = (a.view(-1, 1, 1, 1) for a in signal_and_noise(gamma_0 + span * s))
+        missed = x - 0.3 * (alpha * x + sigma * noise)
+        loss = 0.5 * span * slope * torch.exp(-gamma_0 - span * s) * missed.square().flatten(1).mean(1)
+        return list(torch.autograd.grad((loss**power).mean(), list(schedule.parameters())))
+
+    learned = gradients(1)
+    for ours, ends in zip(learned[:2], plain(1)[:2], strict=True):
+        torch.testing.assert_close(ours, ends)
+    for ours, shape in zip(learned[2:], plain(2)[2:], strict=True):
+        torch.testing.assert_close(ours, shape, rtol=1e-4, atol=0)
+
+
+def test_evaluation_is_the_same_each_time_and_near_the_training_loss() -> None:
+    data = batch(b=8)
+    model = prepared(data).eval()
+    with torch.no_grad():
+        sums, _ = model.evaluate(data)
+        again, _ = model.evaluate(data)
+        losses = [model({**data, "seed": torch.arange(8) + 8 * n})["loss"].item() for n in range(20)]
+    assert all(torch.equal(sums[name], again[name]) for name in sums)
+    metrics = model.summarize(sums)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), abs=5 * np.std(losses) / 20**0.5)
+    assert metrics["loss"] == pytest.approx(
+        sum(metrics[term] for term in ("prior", "reconstruction", "diffusion"))
+    )
+
+
+@pytest.mark.parametrize("spatial", [2, 3])
+def test_samples_are_fields_of_the_targets_and_a_function_of_the_seed(spatial: int) -> None:
+    data = batch(8)
+    targets = [COUNTS, {"field": "momentum", "components": 3, "normalization": ["standardize"]}]
+    config = {"targets": targets, "spatial": spatial, "channels": [2, 3], "attention": 1}
+    model = prepared(data, **config, sampler={"kind": "ancestral", "steps": 3})
+
+    def draw(seed: int, **batch: Any) -> dict[str, Tensor]:
+        return model.sample(data | batch, torch.Generator().manual_seed(seed))
+
+    drawn = draw(0)
+    assert {name: field.shape for name, field in drawn.items()} == {
+        "galaxy_counts": (2, 1, 8, 8, 8),
+        "momentum": (2, 3, 8, 8, 8),
+    }
+    counts = drawn["galaxy_counts"]
+    assert torch.equal(counts, counts.round())
+    assert (counts >= 0).all()
+    assert torch.equal(draw(0)["momentum"], drawn["momentum"])
+    assert not torch.equal(draw(1)["momentum"], drawn["momentum"])
+    assert torch.equal(model.predict(data)["momentum"], drawn["momentum"])
+    inner = draw(0, halo=2, periodic=False)
+    assert inner["momentum"].shape == (2, 3, 4, 4, 4)
+
+
+def test_a_box_drawn_in_crops_is_the_box_where_these_share_enough() -> None:
+    data = batch(24, b=1)
+    whole = prepared(data, channels=[2], sampler={"steps": 3})
+    assert whole.reach == 4
+    crops = prepared(data, channels=[2], sampler={"steps": 3}, crop=20, overlap=16)
+    for model in (whole, crops):
+        with torch.no_grad():
+            model.of_targets[0].transforms[1].std.fill_(0.01)  # type: ignore[union-attr, index]
+    ours, theirs = (m.sample(data, torch.Generator().manual_seed(3)) for m in (crops, whole))
+    assert (ours["galaxy_counts"] != theirs["galaxy_counts"]).float().mean() < 1e-3
+
+
+def test_a_description_builds_the_same_model() -> None:
+    data = batch(8)
+    model = prepared(data, schedule={"kind": "monotone"}, channels=[2, 2], attention=1)
+    other = from_description(model.description())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(data)["loss"], other(data)["loss"])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    data = batch(8)
+    with pytest.raises(ValueError, match="'matter_counts' is given twice"):
+        objective(targets=[{"field": "matter_counts"}])
+    with pytest.raises(ValueError, match="builds on no other"):
+        build(DiffusionConfig(channels=(2,)), [objective()])
+    with pytest.raises(ValueError, match="has 3 components, not the 1"):
+        objective(inputs=[{"field": "momentum"}]).predict(data)
+    with pytest.raises(ValueError, match="leave `quantum` out"):
+        objective(inputs=[{"field": "matter_counts"}], targets=[COUNTS | {"field": "momentum"}]).prepare(
+            lambda name: iter(data[name].numpy())
+        )
+    with pytest.raises(ValueError, match="set `tile` to the n_mesh"):
+        objective().predict(batch(8, halo=2))
+    with pytest.raises(ValueError, match="cannot be drawn in crops"):
+        objective(crop=4).sample(batch(8, halo=2), torch.Generator())
