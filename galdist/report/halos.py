@@ -515,7 +515,8 @@ def _best(scores: Scores, prefix: str) -> list[Table]:
         "the difference at most. All others are worse by more; next: the best of them, and by how much. "
         "Errors of differences are of both means over seeds and of a bootstrap over halos, the same ones "
         "for both models; of single predictions of the bootstrap alone. Noise floor: mean and scatter "
-        "between two true samples of as many galaxies, or of a calibrated model."
+        "between two true samples of as many galaxies, or of a calibrated model. Errors of "
+        "draws are least where they have no scatter: they say nothing of distributions."
     )
     columns = ("best", "value", "noise floor", "as good", "next", "worse by")
     tables = []
