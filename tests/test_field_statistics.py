@@ -75,8 +75,8 @@ def test_holes_are_found_where_they_are_and_as_large_as_they_are():
 
 def test_voids_are_those_of_a_plain_search():
     """The definition, cell by cell, on a small mesh."""
-    n, radii, threshold = 16, (2.0, 3.0, 4.0), -0.5
-    field = np.random.default_rng(3).poisson(hollow(n, [((3, 3, 3), 4), ((11, 8, 14), 3)]) * 1.5)
+    n, radii, threshold = 12, (1.0, 2.0, 3.0), -0.5
+    field = np.random.default_rng(3).poisson(hollow(n, [((3, 3, 3), 3), ((8, 8, 11), 2)]) * 1.5)
     index = np.indices(field.shape).reshape(3, -1).T
     away = np.abs(index[:, None] - index[None])
     distance = np.sqrt((np.minimum(away, n - away) ** 2).sum(axis=2))
