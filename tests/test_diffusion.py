@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from gaussian_fields import GaussianFields
+from small_grids import make_grids
 from torch import Tensor
 
+from galdist.grids.store import open_store
 from galdist.models import build, from_description
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
+from galdist.training.predict import PredictConfig, predict
+from galdist.training.train import TrainConfig, train
 
 COUNTS = {"field": "galaxy_counts", "quantum": 1.0, "normalization": ["standardize"]}
 
@@ -264,6 +269,34 @@ def test_a_box_drawn_in_crops_is_the_box_where_these_share_enough() -> None:
             model.of_targets[0].transforms[1].std.fill_(0.01)  # type: ignore[union-attr, index]
     ours, theirs = (m.sample(data, torch.Generator().manual_seed(3)) for m in (crops, whole))
     assert (ours["galaxy_counts"] != theirs["galaxy_counts"]).float().mean() < 1e-3
+
+
+def test_the_stages_train_it_and_draw_from_it(tmp_path: Path) -> None:
+    store = make_grids(tmp_path / "grids", n_mesh=8)
+    config = {
+        "model": {
+            "name": "vdm",
+            "channels": [2, 3],
+            "parameters": ["redshift"],
+            "sampler": {"steps": 2},
+            "schedule": {"kind": "monotone", "hidden": 8},
+        },
+        "data": {"crop": 8, "crops_per_box": 4, "workers": 0, "tile": 8},
+        "epochs": 1,
+        "batch_size": 4,
+    }
+    inputs = {"grids": [tmp_path / "grids"]}
+    train(TrainConfig.model_validate(config), inputs, tmp_path / "train")
+    inputs["model"] = [tmp_path / "train"]
+    predict(PredictConfig(tile=8, samples=2), inputs, tmp_path / "predict")
+    drawn = open_store(tmp_path / "predict" / "prediction.zarr")["box_3"]
+    fields = [drawn.read(name) for name in ("galaxy_counts_sample_0", "galaxy_counts_sample_1")]
+    assert not np.array_equal(*fields)
+    for counts in (*fields, drawn.read("galaxy_counts")):
+        assert counts.shape == store["box_3"].read("galaxy_counts").shape
+        assert np.array_equal(counts, np.maximum(counts.round(), 0))
+    metrics = (tmp_path / "predict" / "metrics.json").read_text()
+    assert all(term in metrics for term in ("prior", "reconstruction", "diffusion"))
 
 
 def test_a_description_builds_the_same_model() -> None:

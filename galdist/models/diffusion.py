@@ -154,6 +154,7 @@ class VariationalDiffusion(GridObjective):
         self.inputs = tuple(entry.field for entry in config.inputs)
         self.fields = (*self.inputs, *(entry.field for entry in config.targets))
         self.outputs = tuple(Field(name=entry.field, components=entry.components) for entry in config.targets)
+        self.drawn = tuple(field for field in self.outputs if field.components == 1)
         self.simulation_parameters = config.parameters
         self.of_inputs = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
         self.of_targets = nn.ModuleList(Normalization(entry.normalization) for entry in config.targets)
@@ -199,13 +200,22 @@ class VariationalDiffusion(GridObjective):
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """The sample of the seed 0, of whole boxes."""
+        return self._drawn(batch, 0)
+
+    def draw(self, batch: Batch, uniforms: Tensor) -> dict[str, Tensor]:
+        """Samples of whole boxes, whose seeds are the random numbers of their first voxels."""
+        seeds = [int(first * 2**53) for first in uniforms[0, :, 0, 0, 0].tolist()]
+        samples = [self._drawn(batch, seed) for seed in seeds]
+        return {field.name: torch.cat([sample[field.name] for sample in samples], 1) for field in self.drawn}
+
+    def _drawn(self, batch: Batch, seed: int) -> dict[str, Tensor]:
         if not batch["periodic"]:
             raise ValueError(
                 f"{self.config.name} draws whole boxes, for tiles that are drawn one by one do not fit each "
                 "other: set `tile` to the n_mesh of the box, and model.crop for one that exceeds the memory"
             )
         device = batch[self.inputs[0]].device
-        return self.sample(batch, torch.Generator(device).manual_seed(0))
+        return self.sample(batch, torch.Generator(device).manual_seed(seed))
 
     @torch.no_grad()
     def sample(

@@ -169,7 +169,8 @@ class _Prediction:
             batch = to_device(tile.batch(meshes, parameters), self.device)
             bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
             with torch.no_grad(), bf16:
-                new, predicted = objective.evaluate(batch) if self.truth else ({}, objective.predict(batch))
+                new, predicted = objective.evaluate(batch) if self.truth else ({}, {})
+                predicted = predicted or objective.predict(batch)
                 if config.samples:
                     uniforms = voxel_uniforms(
                         tile, n_mesh, (config.seed, *box.name.encode()), config.samples, self.device
