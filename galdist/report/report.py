@@ -26,6 +26,7 @@ from galdist import __version__, status
 from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
 from galdist.report.artist import Artist, Block, Panel
+from galdist.report.fields import field_blocks
 from galdist.report.halos import MOST, HaloStudy
 from galdist.report.published import PUBLISHED
 from galdist.report.tables import Table, measured
@@ -114,17 +115,18 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     drawn: tuple[tuple[str, Callable[[], Sequence[Block | Table]]], ...] = (
         ("Boxes", partial(_slices, artist, config, steps, stores, predictions, hods)),
         ("Spectra", partial(_spectra, artist, steps, stores)),
+        ("Statistics of fields", partial(field_blocks, artist, steps)),
         ("Halo occupation", partial(_occupation, artist, steps)),
         ("Distributions", partial(halos.distributions, artist)),
         ("Tracers", partial(halos.tracers_of_boxes, artist)),
         ("Training", partial(_training, artist, steps)),
     )
     for number, (title, draw) in enumerate(drawn):
-        progress.report(number, 7, title)
+        progress.report(number, 8, title)
         if blocks := draw():
             sections.append({"title": title, "id": title.lower().replace(" ", "-"), "blocks": blocks})
 
-    progress.report(6, 7, "page")
+    progress.report(7, 8, "page")
     simulations = {name for store in (*stores.values(), *predictions.values()) for name in store}
     results = _results(steps, simulations)
     page = _environment().get_template("template.html").render(
@@ -146,7 +148,7 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         versions=_versions(steps),
     )  # fmt: skip
     durable.write_text(out / FILE, page)
-    progress.report(7, 7)
+    progress.report(8, 8)
 
 
 def _environment() -> jinja2.Environment:

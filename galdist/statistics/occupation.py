@@ -83,12 +83,14 @@ class PowerLaw:
         return np.where(mass >= self.M_min, (mass / self.M_1) ** self.alpha, 0.0)
 
     def means(self, mass: ArrayLike, upper: Flags | None = None) -> tuple[Array, Array]:
-        del upper  # the mass is all it knows
+        """As `Occupation.means`; the mass is all that it knows."""
+        del upper
         mean = self.mean(mass)
         central = -np.expm1(-mean)  # the first of a halo's galaxies is its central one
         return central, mean - central
 
     def draw(self, mass: Array, upper: Flags | None, rng: np.random.Generator) -> tuple[Flags, NDArray[Any]]:
+        """As `Occupation.draw`: the first of a halo's galaxies is its central one."""
         del upper
         number = rng.poisson(self.mean(mass))
         return number > 0, np.maximum(number - 1, 0)
@@ -283,6 +285,7 @@ class Zheng:
         return central, satellites
 
     def draw(self, mass: Array, upper: Flags | None, rng: np.random.Generator) -> tuple[Flags, NDArray[Any]]:
+        """As `Occupation.draw`."""
         central, satellites = self.means(mass, upper)
         return rng.random(central.shape) < central, rng.poisson(satellites)
 

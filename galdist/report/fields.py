@@ -1,0 +1,166 @@
+"""The report's section on statistics of fields: counts in cells, voids, bispectra and coverage."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from galdist.report.artist import Artist, Block, Panel
+from galdist.run import Step
+from galdist.statistics.coverage import expected_coverage
+from galdist.statistics.fields import FILE, LEVELS, load_field_statistics
+from galdist.statistics.spectra import TRUTH
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from galdist.report.plots import Curve, Palette
+
+Array = NDArray[np.float64]
+_Boxes = Sequence[Mapping[str, Any]]
+
+
+def field_blocks(artist: Artist, steps: Sequence[Step]) -> list[Block]:
+    """Statistics of every step that has them: boxes of one size and mesh together, as their mean."""
+    blocks = []
+    for step in steps:
+        if not step.has(FILE):
+            continue
+        groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+        for name, found in load_field_statistics(step.path)["simulations"].items():
+            mesh = found["box_size"], found["n_mesh"], found["redshift"]
+            groups.setdefault(mesh, {})[name] = found
+        for number, ((box_size, n_mesh, redshift), named) in enumerate(groups.items(), start=1):
+            boxes = list(named.values())
+            names = ", ".join(named) if len(named) <= 4 else f"{len(named)} boxes"
+            caption = (
+                f"Numbers in cubes of two sizes, their variance, sizes of voids and bispectra without shot "
+                f"noise of {names} ({box_size:g} Mpc/h, {n_mesh}³ cells, z = {redshift:.2g}). Bands: "
+                + (
+                    "error of the mean over boxes; thin lines: single boxes."
+                    if len(boxes) > 1
+                    else "scatter between samples, and of Gaussian modes in bispectra without samples."
+                )
+            )
+            name = f"{step.name}-{number}" if len(groups) > 1 else step.name
+            title = f"z = {redshift:.2g}"
+            key = [_look(boxes, label) for label in _labels(boxes)]
+            blocks.append(artist.block(name, title, caption, _panels(boxes), [step], key=key))
+    return blocks
+
+
+def _labels(boxes: _Boxes) -> list[str]:
+    return [label for label in boxes[0]["fields"] if all(label in box["fields"] for box in boxes)]
+
+
+def _look(boxes: _Boxes, label: str) -> str:
+    """The palette knows steps: samples of one label look like the first of theirs."""
+    return str(boxes[0]["steps"][label][0])
+
+
+def _panels(boxes: _Boxes) -> list[Panel]:
+    from galdist.report import field_plots as plots
+    from galdist.report import halo_plots
+
+    first = boxes[0]
+    truth = first["fields"][TRUTH]
+    sides, radius, k = first["side"], first["radius"], first["k"]
+
+    curves = partial(_curves, boxes)
+    panels = [
+        Panel(
+            partial(_draw_distribution, boxes, place),
+            f"Distribution of the number of galaxies in cubes of {sides[place]:.3g} Mpc/h.",
+        )
+        for place in dict.fromkeys((0, len(sides) // 2))
+    ]
+    variances = curves("variance", lambda found: found["variance"] - found["poisson"])
+    voids = curves("voids", lambda found: found["voids"])
+    panels += [
+        Panel(
+            lambda ax, palette: plots.plot_variance(ax, sides, variances, palette, truth["poisson"]),
+            f"Variance of counts against the side of cubes. {_first(variances, sides, 'Mpc/h')}",
+        ),
+        Panel(
+            lambda ax, palette: plots.plot_voids(ax, radius, voids, palette),
+            f"Number density of voids against radius. {_first(voids, radius, 'Mpc/h')}",
+        ),
+    ]
+    for shape in ("equilateral", "squeezed"):
+        found = curves(shape, partial(_without_shot_noise, shape))
+        panels.append(
+            Panel(
+                partial(_draw_bispectrum, k, found, shape),
+                f"Bispectrum of {shape} triangles against wavenumber. {_first(found, k, 'h/Mpc')}",
+            )
+        )
+    sampled = [label for label in first["samples"] if all(label in box["samples"] for box in boxes)]
+    if sampled:
+        within = {_look(boxes, label): _sum(boxes, label, "coverage_ranks") for label in sampled}
+        ranks = {_look(boxes, label): _sum(boxes, label, "ranks") for label in sampled}
+        levels = {label: expected_coverage(histogram, LEVELS) for label, histogram in within.items()}
+        n_within, n_ranks = (int(next(iter(found.values())).sum()) for found in (within, ranks))
+        panels += [
+            Panel(
+                lambda ax, palette: plots.plot_expected_coverage(ax, LEVELS, levels, n_within, palette),
+                "Expected coverage of the samples against credibility.",
+            ),
+            Panel(
+                lambda ax, palette: halo_plots.plot_ranks(ax, ranks, n_ranks, palette, "cubes"),
+                "Rank histogram of true numbers in cubes among the samples'.",
+            ),
+        ]
+    return panels
+
+
+def _without_shot_noise(shape: str, found: Mapping[str, Any]) -> Array:
+    rest: Array = found[shape] - found[f"{shape}_shot_noise"]
+    return rest
+
+
+def _draw_distribution(boxes: _Boxes, place: int, ax: "Axes", palette: "Palette") -> None:
+    from galdist.report import field_plots
+
+    curves = _curves(boxes, "distribution", lambda found: found["distribution"][place])
+    field_plots.plot_distribution(ax, boxes[0]["edges"], curves, palette, boxes[0]["side"][place])
+
+
+def _draw_bispectrum(
+    k: Array, curves: "Mapping[str, Curve]", shape: str, ax: "Axes", palette: "Palette"
+) -> None:
+    from galdist.report import field_plots
+
+    field_plots.plot_bispectrum(ax, k, curves, palette, shape)
+
+
+def _curves(boxes: _Boxes, statistic: str, get: Callable[[Mapping[str, Any]], Array]) -> "dict[str, Curve]":
+    return {_look(boxes, label): _curve(boxes, label, statistic, get) for label in _labels(boxes)}
+
+
+def _curve(boxes: _Boxes, label: str, statistic: str, get: Callable[[Mapping[str, Any]], Array]) -> "Curve":
+    """Mean over boxes, with what is known of its error."""
+    from galdist.report.plots import Curve
+
+    values = np.array([get(box["fields"][label]) for box in boxes])
+    if len(boxes) > 1:
+        return Curve(values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(boxes)), list(values))
+    nothing = np.zeros_like(values[0])
+    scatter = boxes[0]["samples"].get(label, {}).get("scatter", {})
+    error = scatter.get(statistic, boxes[0]["fields"][label].get(f"{statistic}_error", nothing))
+    return Curve(values[0], error)
+
+
+def _sum(boxes: _Boxes, label: str, histogram: str) -> Array:
+    return np.sum([box["samples"][label][histogram] for box in boxes], axis=0)
+
+
+def _first(curves: "Mapping[str, Curve]", x: Array, unit: str) -> str:
+    """The first values, in words."""
+    texts = []
+    for label, (value, *_) in curves.items():
+        known = np.flatnonzero(np.isfinite(value))
+        if known.size:
+            texts.append(f"{label}: {value[known[0]]:.3g} at {x[known[0]]:.2g} {unit}")
+    return "; ".join(texts) + "."
