@@ -42,7 +42,8 @@ def bound(
 
     Kingma et al. 2021 (arXiv:2107.00630), eqs. 11 and 17: what the noisiest field still knows of x
     (``prior``), what the least noisy one does not (``reconstruction``, with a Gaussian of its noise as the
-    decoder), and what the denoiser misses between them (``diffusion``), looked at in one moment.
+    decoder), and what the denoiser misses between them (``diffusion``), looked at in one moment. From the
+    last the scatter of the noise's square is taken, whose mean is zero.
 
     Parameters
     ----------
@@ -68,8 +69,11 @@ def bound(
     gamma = first + span * s
     alpha, sigma = (a.view(-1, *ones) for a in signal_and_noise(gamma))
     missed = x - denoiser(alpha * x + sigma * noise, gamma)
-    x, missed = trim(x, halo, spatial), trim(missed, halo, spatial)
-    diffusion = 0.5 * (span * slope * torch.exp(-gamma)).view(-1, *ones) * missed.square()
+    x, missed, noise = (trim(field, halo, spatial) for field in (x, missed, noise))
+    # Where there is little noise, missed is it, and its square scatters about what is known.
+    scatter = alpha.square() * (noise.square() - 1)
+    snr, speed = torch.exp(-gamma).view(-1, *ones), (span * slope).view(-1, *ones)
+    diffusion = 0.5 * speed * (snr * missed.square() - scatter)
     if s.requires_grad:
         twice = 2 * diffusion.detach().flatten(1).mean(1)
         s.register_hook(lambda gradient: gradient * twice)
