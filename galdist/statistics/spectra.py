@@ -345,6 +345,63 @@ def power(first: Any, second: Any = None) -> Any:
     return result
 
 
+def multipoles(
+    position: ArrayLike, velocity: ArrayLike, box_size: float, n_mesh: int, redshift: float, omega_m: float
+) -> dict[str, NDArray[np.float64]]:
+    """Monopole and quadrupole of the power of points in redshift space; every rank calls it with its own.
+
+    Along a line of sight points are seen at ``s = x + v (1 + z) / H(z)``, in a flat universe of matter and a
+    cosmological constant. Means over lines of sight along the three axes; bins are those of `power`.
+
+    Parameters
+    ----------
+    position, velocity : (n, 3) in [0, box_size) [Mpc/h] and peculiar [km/s].
+    omega_m
+        at redshift 0.
+
+    Returns
+    -------
+    ``k`` [h/Mpc], ``monopole`` and ``quadrupole`` [(Mpc/h)^3], shot noise part of the former, ``shot_noise``
+    (V/N) and ``modes``.
+
+    Raises
+    ------
+    ValueError
+        for positions as in `catalog_mesh`, or velocities that are not theirs.
+    """
+    from nbodykit.algorithms.fftpower import FFTPower
+
+    position, velocity = np.asarray(position, float), np.asarray(velocity, float)
+    if velocity.shape != position.shape or not np.isfinite(velocity).all():
+        raise ValueError(
+            f"points of shape {position.shape} have finite velocities of that shape, not {velocity.shape}"
+        )
+    hubble = 100 * math.sqrt(omega_m * (1 + redshift) ** 3 + 1 - omega_m)  # [km/s h/Mpc]
+    fundamental = 2 * np.pi / box_size
+    poles = []
+    for axis in range(3):
+        seen = position.copy()
+        seen[:, axis] = (seen[:, axis] + velocity[:, axis] * (1 + redshift) / hubble) % box_size
+        poles.append(
+            FFTPower(
+                catalog_mesh(seen, box_size, n_mesh),
+                mode="2d",
+                poles=[0, 2],
+                los=np.eye(3)[axis],
+                dk=fundamental,
+                kmin=fundamental / 2,
+                kmax=(n_mesh // 2 - 0.25) * fundamental,
+            )
+        )
+    return {
+        "k": poles[0].poles["k"],
+        "monopole": np.mean([found.poles["power_0"].real for found in poles], axis=0),
+        "quadrupole": np.mean([found.poles["power_2"].real for found in poles], axis=0),
+        "shot_noise": np.array(float(poles[0].attrs["shotnoise"])),
+        "modes": poles[0].poles["modes"],
+    }
+
+
 def gaussian_variance(
     power: ArrayLike, k: ArrayLike, dk: float, number: int, box_size: float
 ) -> NDArray[np.float64]:

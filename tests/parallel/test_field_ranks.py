@@ -138,6 +138,55 @@ def test_poisson_counts_have_shot_noise_alone(mpirun):
         assert np.abs(pull).max() < 4
 
 
+def seen_and_true(growth, n=32):
+    """Points displaced a little by a linear field: multipoles in redshift space, the power in real space."""
+    from galdist.statistics.spectra import catalog_mesh, multipoles, power
+    from hpc import mpi
+
+    rng = np.random.default_rng(9)
+    x = gaussian(n, rng, lambda m: m**-2.0 * np.exp(-((m / 8) ** 2)))[0]
+    m = np.fft.fftfreq(n, 1 / n) * 2 * np.pi / BOX
+    k = np.meshgrid(m, m, m, indexing="ij")
+    k2 = sum(one**2 for one in k)
+    k2[0, 0, 0] = 1
+    modes = np.fft.fftn(0.01 * x / x.std())
+    shift = np.stack([np.fft.ifftn(1j * one / k2 * modes).real for one in k], axis=-1).reshape(-1, 3)
+    lattice = (np.stack(np.indices((n,) * 3), axis=-1).reshape(-1, 3) + 0.5) * BOX / n
+    comm = mpi.world()
+    mine = slice(comm.rank, None, comm.size)
+    position = ((lattice + shift) % BOX)[mine]
+    # At redshift 1 and Omega_m = 0.3, H / (1 + z) = 88.03 km/s h/Mpc: what moves points by growth * shift.
+    velocity = growth * shift[mine] * 100 * np.sqrt(0.3 * 8 + 0.7) / 2
+    found = multipoles(position, velocity, BOX, n, 1.0, 0.3)
+    return found, power(catalog_mesh(position, BOX, n)).power["power"].real
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_multipoles_of_a_linear_field_are_those_of_kaiser(mpirun, ranks):
+    f = 0.6
+    for found, real in mpirun(ranks, seen_and_true, f):
+        use = slice(1, 8)
+        weight = found["modes"][use]
+        monopole = np.average(found["monopole"][use] / real[use], weights=weight)
+        quadrupole = np.average(found["quadrupole"][use] / real[use], weights=weight)
+        assert monopole == pytest.approx(1 + 2 * f / 3 + f**2 / 5, rel=0.02)
+        assert quadrupole == pytest.approx(4 * f / 3 + 4 * f**2 / 7, rel=0.05)
+
+
+def still(n_points):
+    from galdist.statistics.spectra import multipoles
+
+    position = np.random.default_rng(10).uniform(0, BOX, (n_points, 3))
+    return multipoles(position, np.zeros_like(position), BOX, 24, 0.0, 0.3)
+
+
+def test_points_at_rest_have_no_quadrupole(mpirun):
+    found = mpirun(1, still, 5000)[0]
+    pull = found["quadrupole"] / (found["shot_noise"] * np.sqrt(2 * 5 / (3 * found["modes"])))
+    assert np.abs(pull).max() < 4.5
+    assert np.average(found["monopole"], weights=found["modes"]) == pytest.approx(BOX**3 / 5000, rel=0.05)
+
+
 # The stage
 
 
