@@ -56,8 +56,8 @@ def _labels(boxes: _Boxes) -> list[str]:
 
 
 def _look(boxes: _Boxes, label: str) -> str:
-    """The palette knows steps: samples of one label look like the first of theirs."""
-    return str(boxes[0]["steps"][label][0])
+    """The palette knows steps and their fields: stores of one label look like the first of theirs."""
+    return label if ":" in label else str(boxes[0]["steps"][label][0])
 
 
 def _panels(boxes: _Boxes) -> list[Panel]:

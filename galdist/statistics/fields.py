@@ -2,8 +2,9 @@
 
 Stage ``field-statistics``: counts in cells (`galdist.statistics.counts`), sizes of voids
 (`galdist.statistics.voids`) and the bispectrum (`galdist.statistics.bispectrum`), box by box. Predictions of
-one label are samples of one model: the store's attribute ``label``, or the step's name where it has none.
-They are summed up as mean and scatter, and the truth's ranks among them say whether the scatter is right.
+one label are samples of one model: the store's attribute ``label``, or the step's name where it has none. The
+draws that a store holds (``<field>_sample_<n>``) are samples of the label ``<step>:samples``. They are summed
+up as mean and scatter, and the truth's ranks among them say whether the scatter is right.
 """
 
 import logging
@@ -83,7 +84,11 @@ def field_statistics(config: FieldStatisticsConfig, inputs: Mapping[str, list[Pa
     labels = {TRUTH: TRUTH}
     for step in inputs.get("predictions", []):
         labels[step.name] = str(open_store(step / "prediction.zarr").attrs.get("label", step.name))
-    if TRUTH in list(labels.values())[1:]:
+    for name in {name for sample in samples for name in sample.fields}:
+        step_name, _, field = name.partition(":")
+        if field.startswith(f"{config.field}_sample_"):
+            labels[name] = f"{step_name}:samples"
+    if TRUTH in [label for name, label in labels.items() if name != TRUTH]:
         raise ValueError(f"a prediction cannot have the label {TRUTH!r}: that is the true field's")
     comm = mpi.world()
     for done, sample in enumerate(samples):

@@ -210,6 +210,7 @@ def boxes(tmp_path_factory):
         {
             "galaxy_counts": rng.poisson(np.full_like(rate, rate.mean())),
             "expected_galaxy_counts": np.full_like(rate, rate.mean()),
+            **{f"galaxy_counts_sample_{n}": rng.poisson(rate) for n in range(2)},
         },
         assignment="ngp",
     )
@@ -237,7 +238,7 @@ def test_stage_on_ranks(mpirun, boxes, tmp_path):
     for n_ranks in (1, 2):
         mpirun(n_ranks, run_stage, boxes, tmp_path / str(n_ranks), CONFIG)
     alone, together = (load_field_statistics(tmp_path / str(n))["simulations"]["box"] for n in (1, 2))
-    assert set(alone["fields"]) == {"truth", "diffusion", "flat"}
+    assert set(alone["fields"]) == {"truth", "diffusion", "flat", "flat:samples"}
     for name, found in alone["fields"].items():
         for key, values in found.items():
             np.testing.assert_allclose(together["fields"][name][key], values, rtol=1e-9, err_msg=key)
@@ -251,7 +252,7 @@ def test_stage_on_ranks(mpirun, boxes, tmp_path):
     assert np.all(truth["equilateral"][1:] > 5 * np.abs(flat["equilateral"][1:]))
 
     samples = alone["samples"]
-    assert set(samples) == {"diffusion"}
+    assert {label: found["number"] for label, found in samples.items()} == {"diffusion": 5, "flat:samples": 2}
     assert samples["diffusion"]["number"] == 5
     assert samples["diffusion"]["ranks"].sum() == pytest.approx(8**3)
     assert samples["diffusion"]["coverage_ranks"].sum() == 4**3
