@@ -28,7 +28,16 @@ from galdist.statistics.counts import EDGES, counts_in_cells, in_cells
 from galdist.statistics.coverage import ball_ranks, expected_coverage
 from galdist.statistics.distributions import rank_histogram, ranks
 from galdist.statistics.metrics import MetricRow, save_metrics
-from galdist.statistics.spectra import TRUTH, Sample, arrays, field_mesh, match, plain, rows_over_boxes
+from galdist.statistics.spectra import (
+    TRUTH,
+    Sample,
+    arrays,
+    field_mesh,
+    match,
+    measure_each,
+    plain,
+    rows_over_boxes,
+)
 from galdist.statistics.voids import find_voids, void_sizes
 from hpc import durable, mpi, progress
 
@@ -91,17 +100,9 @@ def field_statistics(config: FieldStatisticsConfig, inputs: Mapping[str, list[Pa
     if TRUTH in [label for name, label in labels.items() if name != TRUTH]:
         raise ValueError(f"a prediction cannot have the label {TRUTH!r}: that is the true field's")
     comm = mpi.world()
-    for done, sample in enumerate(samples):
-        if comm.rank == 0:
-            progress.report(done, len(samples), sample.name)
-        part = out / "parts" / f"{sample.name}.json"
-        if not comm.bcast(part.exists()):
-            result = _measure(config, sample, labels)
-            if comm.rank == 0:
-                durable.write_json(part, result)
+    simulations = measure_each(samples, out, lambda sample: _measure(config, sample, labels))
     if comm.rank == 0:
-        parts = {sample.name: durable.read_json(out / "parts" / f"{sample.name}.json") for sample in samples}
-        durable.write_json(out / FILE, {"simulations": parts})
+        durable.write_json(out / FILE, {"simulations": simulations})
         save_metrics(out, _rows(config, load_field_statistics(out)["simulations"]))
         progress.report(len(samples), len(samples))
     comm.barrier()

@@ -29,7 +29,7 @@ T sqrt((1 - r^2) / N) for T.
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,20 +112,34 @@ def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) 
     samples = match(inputs, config.field, config.split, config.matter)
     for sample in samples:
         _check_bands(config, sample.name, sample.grids)
+    simulations = measure_each(samples, out, lambda sample: _measure(sample, out / "spectra" / sample.name))
+    if comm.rank == 0:
+        durable.write_json(out / FILE, {"simulations": simulations})
+        save_metrics(out, _rows(config, load_spectra(out)["simulations"]))
+        progress.report(len(samples), len(samples))
+    comm.barrier()
+
+
+def measure_each(
+    samples: Sequence[Sample], out: Path, measure: Callable[[Sample], dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``measure`` finds of each simulation, by its name, on the main rank; every rank calls it.
+
+    Each result is kept in ``out / "parts"`` as soon as it is there, and those that are there are not measured
+    again. On the other ranks the result is empty.
+    """
+    comm = mpi.world()
     for done, sample in enumerate(samples):
         if comm.rank == 0:
             progress.report(done, len(samples), sample.name)
         part = out / "parts" / f"{sample.name}.json"
         if not comm.bcast(part.exists()):
-            result = _measure(sample, out / "spectra" / sample.name)
+            result = measure(sample)
             if comm.rank == 0:
                 durable.write_json(part, result)
-    if comm.rank == 0:
-        parts = {sample.name: durable.read_json(out / "parts" / f"{sample.name}.json") for sample in samples}
-        durable.write_json(out / FILE, {"simulations": parts})
-        save_metrics(out, _rows(config, load_spectra(out)["simulations"]))
-        progress.report(len(samples), len(samples))
-    comm.barrier()
+    if comm.rank != 0:
+        return {}
+    return {sample.name: durable.read_json(out / "parts" / f"{sample.name}.json") for sample in samples}
 
 
 def load_spectra(step: str | Path) -> dict[str, Any]:
