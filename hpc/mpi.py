@@ -3,10 +3,17 @@
 Importing it costs nothing; MPI starts at the first `world()`.
 """
 
+import contextlib
+import fcntl
 import os
+import re
+import time
+from pathlib import Path
 from typing import Any
 
 VARIABLE = "HPC_WORLD_SIZE"  # the number of ranks the launcher asked for
+_SHARED = Path("/dev/shm")
+_SEGMENTS = re.compile(r"/dev/shm/(mpich_(?:shm|vci)_[0-9a-f]+_\d+)$", re.MULTILINE)
 
 
 class WrongWorldSize(RuntimeError):
@@ -25,6 +32,7 @@ def world() -> Any:
     if not any(name.startswith(("PMI", "OMPI_")) for name in os.environ):
         # Alone, outside mpirun: no peer can ever call, so UCX need not listen on the network.
         os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    _remove_leftovers()
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -37,3 +45,31 @@ def world() -> Any:
             "launcher in the site file (mpirun, or mpi: pmi2, pmix)"
         )
     return comm
+
+
+def _remove_leftovers() -> None:
+    """Remove the shared memory of MPICH's worlds on this machine that were killed.
+
+    MPICH names it after the world, and names come again: that of a step when Slurm requeues its job, that of a
+    process with its pid. Ranks that find such memory take it for that of their own world: they fail ("Out of
+    memory"), wait forever, or read the addresses of the dead. Nobody else removes it.
+    """
+    now = time.time()
+    with contextlib.suppress(FileNotFoundError):  # one that went meanwhile, or no such folder here
+        found = {file.name: file for file in _SHARED.glob("mpich_*_*_*") if now - file.stat().st_mtime > 1.0}
+        if not found:
+            return
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                for name in _SEGMENTS.findall((process / "maps").read_text()):
+                    found.pop(name, None)
+        for file in found.values():
+            _remove_segment(file)
+
+
+def _remove_segment(file: Path) -> None:
+    """Remove a segment, but not the one that a peer that did the same has made in its place."""
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(file, "rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        if os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+            file.unlink()

@@ -57,6 +57,17 @@ def mpi_world(out: str) -> None:
     world.barrier()
 
 
+def mpi_world_killed_once(out: str) -> None:
+    """`mpi_world`, but the first time its ranks wait, together, until they are killed."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        from hpc import mpi
+
+        mpi.world().barrier()
+        (Path(out) / "ready").touch()
+        time.sleep(600)
+    mpi_world(out)
+
+
 def count(out: str, n: int, seconds: float = 0.1, linger: float = 0.0, report: bool = True) -> None:
     """Count to ``n``, keeping each number on rank 0; asked to stop, it is kept and ends ``linger`` s later.
 

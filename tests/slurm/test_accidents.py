@@ -69,6 +69,17 @@ def test_a_job_that_is_queued_again_when_all_is_done(folder: Path) -> None:
     assert (folder / ".slurm" / "outcome.json").stat().st_mtime_ns == written
 
 
+def test_mpi_ranks_that_were_killed_start_again_when_the_job_is_requeued(folder: Path) -> None:
+    """In a world of the same name, whose shared memory the dead have left behind."""
+    pytest.importorskip("mpi4py")
+    job = launch.submit(task("mpi_world_killed_once", folder, "mpi", ranks=2, nodes=1), SITE)
+    until(lambda: (folder / "ready").exists())
+    slurm.requeue(job_id(folder))
+    assert wait(job).describe() == "done"
+    assert state(folder).restarts == 1
+    assert durable.read_json(folder / "world.json")[:2] == [2, 3]
+
+
 def test_ranks_that_crash_while_they_are_to_save_are_not_started_again_here(folder: Path) -> None:
     job = launch.submit(task("crash_when_told", folder), SITE)
     until(lambda: starts(folder))
