@@ -50,9 +50,9 @@ def world() -> Any:
 def _remove_leftovers() -> None:
     """Remove the shared memory of MPICH's worlds on this machine that were killed.
 
-    MPICH names it after the world, and names come again: that of a step when Slurm requeues its job, that of
-    a process with its pid. Ranks that find such memory take it for that of their own world: they fail ("Out of
-    memory"), wait forever, or read the addresses of the dead. Nobody else removes it.
+    MPICH names it after the world, and names come again: that of a step when Slurm requeues its job, that
+    of a process with its pid. Ranks that find such memory take it for that of their own world: they fail
+    ("Out of memory"), wait forever, or read the addresses of the dead. Nobody else removes it.
     """
     now = time.time()
     with contextlib.suppress(FileNotFoundError):  # one that went meanwhile, or no such folder here

@@ -186,14 +186,17 @@ def test_chi2_is_summed_over_bins_and_averaged_over_draws_and_seeds():
     assert result["in_band"].tolist() == [0, 1, 1]
     in_band = [first[:, 1:].sum(axis=1).mean(), second[1:].sum()]
     assert found["chi2_band"]["value"] == pytest.approx(np.mean(in_band))
-    floors = [(200**2 / sigma[0] ** 2 + 100**2 / sigma[1] ** 2 + 200**2 / sigma[2] ** 2), 0]
-    assert found["chi2"]["self_floor"] == pytest.approx(np.mean(floors))
-    assert found["chi2_band"]["self_floor"] == pytest.approx((floors[0] - 200**2 / sigma[0] ** 2) / 2)
+    between = np.array([200, 100, 200]) ** 2 / sigma**2  # the draws of the first step; the others are alike
+    assert found["chi2"]["self_floor"] == pytest.approx(between.sum() / 2)
+    assert found["chi2_band"]["self_floor"] == pytest.approx(between[1:].sum() / 2)
+    of_mean = np.array([0, 50, 100]) ** 2 / sigma**2  # of the mean of the two draws
+    expected = (of_mean - between / 4 + second) / 2  # a sample variance is half a squared difference
+    assert found["chi2_expected"]["value"] == pytest.approx(expected.sum())
+    assert found["chi2_expected"]["self_floor"] == pytest.approx(between.sum() / 4)
+    assert found["chi2_expected_band"]["value"] == pytest.approx(expected[1:].sum())
     mean = np.array([900, 425, 200])
     np.testing.assert_allclose(found["power"], mean)
     np.testing.assert_allclose(found["relative_error"], mean / [900, 400, 100] - 1)
-    of_mean = ((mean - [900, 400, 100]) ** 2 / sigma**2).sum()
-    assert found["chi2"]["of_mean"] == pytest.approx(of_mean)
     assert (found["n"], found["n_std"]) == (4750, pytest.approx(np.std([5000, 4500], ddof=1)))
 
 

@@ -912,19 +912,25 @@ class _TracerBox:
         selections = "; ".join(self._title(number) for number in self.numbers)
         n_bins, n_band = len(box["k"]), int(np.sum(box["in_band"]))
         tables = [self._counts(f"{prefix}tracer-counts", selections)]
-        for key, words, bins in (
-            ("chi2_band", f"over the {n_band} bins of {self._band}", "band"),
-            ("chi2", f"over all {n_bins} bins", "all"),
+        band, every = f"over the {n_band} bins of {self._band}", f"over all {n_bins} bins"
+        of_draws = "mean over draws and seeds"
+        expected = "of the power that each model expects, without the scatter of its draws; mean over seeds"
+        for key, name, what, words in (
+            ("chi2_band", "chi2-band", of_draws, band),
+            ("chi2_expected_band", "chi2-expected-band", expected, band),
+            ("chi2", "chi2-all", of_draws, every),
         ):
             cells = {
                 label: [(_chi2(found), found["value"]) for found in self._each(label, key)]
                 for label in box["labels"]
             }
+            if all(value is None for row in cells.values() for _, value in row):  # expected, of single draws
+                continue
             tables.append(
                 Table(
-                    f"{prefix}tracer-chi2-{bins}", f"χ² {words}",
-                    f"χ² of the power of each tracer of {self._where} {words}: mean over draws and seeds, "
-                    "error of the mean over seeds; lower is better. Bold: the lowest of each tracer. "
+                    f"{prefix}tracer-{name}", f"χ² {words}" + (", expected" if "expected" in key else ""),
+                    f"χ² of the power of each tracer of {self._where} {words}, {what}, error of the mean "
+                    "over seeds; lower is better. Bold: the lowest of each tracer. "
                     "Between draws: what that model would score were the truth one of its own draws.",
                     ("Model", *heads),
                     _strongest(cells), self._between_draws(key),

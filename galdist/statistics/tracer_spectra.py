@@ -11,8 +11,9 @@ predicted and a true tracer share N_ab of their N_a and N_b halos, and V N_ab / 
 Comparison. The variance of the true power P with number density n is that of Gaussian modes,
 ``sigma^2 = 2 / (V Vk) (P + 1/n)^2``; the residual of a bin is ``(P_predicted - P)^2 / sigma^2``, and chi^2
 its sum over all bins, or over those of a band. Halos are the same in truth and prediction, so most of sigma
-is common to both: a chi^2 far below the number of bins is no sign of too large errors. The stochasticity
-``r = P_ab / sqrt(P_aa P_bb)`` is undefined where shot noise leaves no positive power.
+is common to both: a chi^2 far below the number of bins is no sign of too large errors. The chi^2 of draws is
+that of the power which the model expects and their scatter about it, half of what two of them differ by. The
+stochasticity ``r = P_ab / sqrt(P_aa P_bb)`` is undefined where shot noise leaves no positive power.
 
 Seeds. Predictions of one label are seeds of one model. A value of a label is the mean over its seeds, of the
 mean over each seed's draws; ``std`` is the scatter between seeds, ``error`` that of their mean.
@@ -207,9 +208,11 @@ def load_tracers(step: str | Path) -> dict[str, Any]:
     ``ratio`` (its error over sigma) and ``mean_ratio`` (over the band). A label has ``n`` and ``n_std``,
     ``power`` and ``power_std`` (scatter between seeds), ``relative_error`` (P / P_true - 1), ``residual``
     (mean over draws), ``chi2`` and ``chi2_band`` (each ``value``, ``std``, ``error``, ``seeds`` one value a
-    step, ``of_mean``, that of the label's mean power, and ``self_floor``, that between two draws of one
-    step: the model would score this were the truth one of its draws), ``empty`` (draws without a galaxy of
-    the tracer, which are left out of all but ``n``) and ``steps``: step -> ``n``, ``shot_noise`` and
+    step, and ``self_floor``, that between two draws of one step: the model would score this were the truth
+    one of its draws), ``chi2_expected`` and ``chi2_expected_band`` (the same of the power that the model
+    expects, without bias from the number of draws, so that it may be negative; half of ``self_floor``, here
+    too, were the truth one of its draws; needs two draws), ``empty`` (draws without a galaxy of the tracer,
+    which are left out of all but ``n``) and ``steps``: step -> ``n``, ``shot_noise`` and
     ``power`` of each draw. What a tracer without galaxies has no value for is NaN (null in the file).
 
     ``counts``: "truth" or label -> galaxies of none and of each tracer (8). ``confusion``: label ->
@@ -453,7 +456,6 @@ def _of_label(
     means = [np.mean(seed, axis=0) for seed in powers if seed]
     mean = np.mean(means, axis=0) if means else unknown
     residuals = [[(found - true) ** 2 / variance for found in seed] for seed in powers]
-    of_mean = (mean - true) ** 2 / variance
     entry: dict[str, Any] = {
         "n": number["value"],
         "n_std": number["std"],
@@ -469,20 +471,28 @@ def _of_label(
             for step, seed in draws.items()
         },
     }
-    for key, bins in (("chi2", np.ones_like(in_band)), ("chi2_band", in_band)):
-        values = [float(np.mean([r[bins].sum() for r in seed])) if seed else math.nan for seed in residuals]
+    for suffix, bins in (("", np.ones_like(in_band)), ("_band", in_band)):
+        of_draws = [float(np.mean([r[bins].sum() for r in seed])) if seed else math.nan for seed in residuals]
         between = [
-            ((first - second)[bins] ** 2 / variance[bins]).sum()
+            float(np.mean([_distance(*pair, variance, bins) for pair in itertools.combinations(seed, 2)]))
+            if len(seed) > 1
+            else math.nan
             for seed in powers
-            for first, second in itertools.combinations(seed, 2)
         ]
-        entry[key] = {
-            **_over_seeds(values),
-            "seeds": values,
-            "of_mean": of_mean[bins].sum(),
-            "self_floor": _over_seeds(between)["value"],
+        floor = _over_seeds(between)["value"]
+        expected = [chi2 - distance / 2 for chi2, distance in zip(of_draws, between, strict=True)]
+        entry[f"chi2{suffix}"] = {**_over_seeds(of_draws), "seeds": of_draws, "self_floor": floor}
+        entry[f"chi2_expected{suffix}"] = {
+            **_over_seeds(expected),
+            "seeds": expected,
+            "self_floor": None if floor is None else floor / 2,
         }
     return entry
+
+
+def _distance(first: Array, second: Array, variance: Array, bins: NDArray[np.bool_]) -> float:
+    """chi^2 between two powers over some bins."""
+    return float(((first - second)[bins] ** 2 / variance[bins]).sum())
 
 
 def _over_seeds(values: Sequence[Any]) -> dict[str, float | None]:
