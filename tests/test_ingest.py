@@ -379,6 +379,41 @@ def test_wrong_splits(split: dict, message: str, tree: tuple[Path, dict[str, Tru
         ingest(config(tree[0], split=split), {}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"split": {"test": 1.0}}, {"CV_0": "test", "CV_1": "test", "CV_2": "test"}),
+        (
+            {"split": {"validation": 0.3, "test": 0.3}},
+            {"CV_0": "validation", "CV_1": "train", "CV_2": "test"},
+        ),
+        (
+            {"split": {"validation": 0.3, "test": ["CV_0"]}},
+            {"CV_0": "test", "CV_1": "validation", "CV_2": "train"},
+        ),
+        # write_camels: A_SN1 is 1.0, 1.1, 1.2 and A_AGN1 2.0, 2.1, 2.2
+        ({"where": {"A_SN1": [1.1, None]}, "split": {"test": [1]}}, {"CV_1": "train", "CV_2": "test"}),
+        ({"where": {"A_SN1": [None, 1.1]}}, {"CV_0": "train"}),
+        ({"where": {"A_SN1": [1.05, 1.3], "A_AGN1": [2.0, 2.15], "Omega_m": [0.1, 0.5]}}, {"CV_1": "train"}),
+    ],
+)
+def test_selections(given: dict, expected: dict, tree: tuple[Path, dict[str, Truth]]) -> None:
+    opened = config(tree[0], **given).open({})
+    assert {one.name.removeprefix("MockA_"): split for one, split in opened} == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"A_SN": [0, 1]}, "A_SN.; did you mean"),
+        ({"A_SN1": [7, None]}, "no simulation has parameters in"),
+    ],
+)
+def test_wrong_selections(where: dict, message: str, tree: tuple[Path, dict[str, Truth]]) -> None:
+    with pytest.raises(SimulationError, match=message):
+        config(tree[0], where=where).open({})
+
+
 def test_files_must_come_from_one_place(tree: tuple[Path, dict[str, Truth]], tmp_path: Path) -> None:
     with pytest.raises(SimulationError, match="got both"):
         ingest(config(tree[0]), {"simulations": [tree[0]]}, tmp_path)

@@ -168,11 +168,16 @@ class Simulation:
         return files
 
 
-class SplitConfig(StrictModel):
-    """Simulations kept out of training: by name (``CV_6`` or ``IllustrisTNG_CV_6``) or place in the set."""
+Members = tuple[int | str, ...] | Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float | None, float | None]
 
-    validation: tuple[int | str, ...] = ()
-    test: tuple[int | str, ...] = ()
+
+class SplitConfig(StrictModel):
+    """Simulations kept out of training: by name (``CV_6`` or ``IllustrisTNG_CV_6``), by place among those
+    selected, or a fraction of them: the first ones for the validation, the last ones for the test."""
+
+    validation: Members = ()
+    test: Members = ()
 
 
 class SelectionConfig(StrictModel):
@@ -192,6 +197,9 @@ class SelectionConfig(StrictModel):
     matter: Matter | None = None
     """``nbody``: dark matter of the N-body twins (default of CAMELS). ``hydro``: of the runs with galaxies
     (default of TNG)."""
+    where: dict[str, Range] = Field(default_factory=dict)
+    """Only simulations whose parameters are in these ranges, such as ``A_SN1: [2, null]``: at least the first
+    number, below the second; null for no bound. Parameters are those of cosmology and astrophysics."""
     split: SplitConfig = SplitConfig()
 
     @model_validator(mode="after")
@@ -207,7 +215,8 @@ class SelectionConfig(StrictModel):
         ------
         SimulationError
             where there is neither a path nor a step to read from, or both; for names in the split that are
-            not there or are there twice; and whatever the reader raises.
+            not there or are there twice; for parameters that are unknown and ranges that hold no simulation;
+            and whatever the reader raises.
         """
         given = [*inputs.get("simulations", ()), *([self.path] if self.path else [])]
         if len(given) != 1:
@@ -219,15 +228,41 @@ class SelectionConfig(StrictModel):
         if self.matter is not None:
             where["matter"] = self.matter
         opener: Callable[..., list[Simulation]] = rank.load(READERS[self.format])
-        simulations = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshot, **where)
+        found = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshot, **where)
+        simulations = [
+            simulation
+            for simulation in found
+            if all(_within(simulation, name, limits) for name, limits in self.where.items())
+        ]
+        if not simulations:
+            raise SimulationError(f"{given[0]}: where: no simulation has parameters in {self.where}")
         splits = dict.fromkeys((simulation.name for simulation in simulations), "train")
-        for split in ("validation", "test"):
-            for member in getattr(self.split, split):
-                name = _member(member, simulations, f"split.{split}")
+        # Those that are named first: a fraction is of what they leave.
+        for split in sorted(("validation", "test"), key=lambda s: isinstance(getattr(self.split, s), float)):
+            for name in _members(getattr(self.split, split), simulations, splits, f"split.{split}"):
                 if splits[name] != "train":
                     raise SimulationError(f"split.{split}: {name} is already in {splits[name]}")
                 splits[name] = split
         return [(simulation, splits[simulation.name]) for simulation in simulations]
+
+
+def _within(simulation: Simulation, name: str, limits: Range) -> bool:
+    known = simulation.cosmology | simulation.astrophysics
+    if name not in known:
+        raise nearest(f"parameter (where) of {simulation.name}", name, list(known))
+    low, high = limits
+    return (low is None or known[name] >= low) and (high is None or known[name] < high)
+
+
+def _members(
+    wanted: Members, simulations: Sequence[Simulation], splits: Mapping[str, str], where: str
+) -> list[str]:
+    """Names of the simulations of a split."""
+    if isinstance(wanted, tuple):
+        return [_member(member, simulations, where) for member in wanted]
+    free = [simulation.name for simulation in simulations if splits[simulation.name] == "train"]
+    number = min(round(wanted * len(simulations)), len(free))
+    return free[:number] if where.endswith("validation") else free[len(free) - number :]
 
 
 def _member(member: int | str, simulations: Sequence[Simulation], where: str) -> str:
