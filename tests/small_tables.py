@@ -34,14 +34,16 @@ def make_rows(n: int, seed: int) -> dict[str, NDArray[Any]]:
     }
 
 
-def make_tables(step: Path, sizes: Sequence[int] = (700, 500), **changed: NDArray[Any]) -> Path:
+def make_tables(
+    step: Path, sizes: Sequence[int] = (700, 500), box_size: float = 25.0, **changed: NDArray[Any]
+) -> Path:
     """A step folder with a catalogue of central galaxies, a simulation a size; columns may be ``changed``."""
     writer = CatalogWriter(step / "catalog.zarr")
     names = [f"box_{number}" for number in range(len(sizes))]
     for number, (name, n) in enumerate(zip(names, sizes, strict=True)):
         attrs = SimulationAttrs(
             name=name,
-            box_size=25.0,
+            box_size=box_size,
             redshift=0.0,
             suite="lines",
             cosmology={"Omega_m": 0.2 + 0.1 * number},

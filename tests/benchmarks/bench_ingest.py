@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pylians
+import peers
 from bench_crops import rate
 from clustered import clustered_particles
 from universe import make_truth, write_snapshot
@@ -115,14 +115,14 @@ def kernels(folder: Path) -> list[dict[str, Any]]:
         found["NumPy", "cic", order] = seconds(lambda v=values: numpy_cic(v, mesh), 1, time.process_time)
         total["galdist", "cic", order] = assign(values, BOX, N_MESH).sum()
     try:
-        theirs = pylians.run(
+        theirs = peers.PYLIANS.run(
             _PYLIANS_KERNEL,
             box=BOX,
             n_mesh=N_MESH,
             repeats=REPEATS,
             **{order: str(folder / f"{order}.npy") for order in positions},
         )
-    except pylians.PyliansMissing as missing:
+    except peers.PeerMissing as missing:
         print(missing, file=sys.stderr)
         theirs = {}
     for order in positions if theirs else ():
@@ -196,7 +196,7 @@ def stores(folder: Path) -> list[dict[str, Any]]:
     files = sorted((folder / "box").rglob("snapshot_090.*.hdf5"))
     rows.append(scripted("NumPy script", json.loads(in_process(files, folder))))
     try:
-        theirs = pylians.run(
+        theirs = peers.PYLIANS.run(
             _PYLIANS_SCRIPT,
             files=[str(file) for file in files],
             box=BOX,
@@ -204,7 +204,7 @@ def stores(folder: Path) -> list[dict[str, Any]]:
             out=str(folder / "mesh.npy"),
         )
         rows.append(scripted("Pylians script", theirs))
-    except pylians.PyliansMissing as missing:
+    except peers.PeerMissing as missing:
         print(missing, file=sys.stderr)
     return rows
 

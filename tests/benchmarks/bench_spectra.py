@@ -3,7 +3,7 @@
 From the field in memory to the power in bins of one fundamental mode; imports and a first call are not
 timed, the best of three others is. Ours (`field_mesh` and `power`: nbodykit, float64, window corrected)
 runs on MPI ranks that read their part of the field from a file in the page cache. Pylians has an
-environment of its own (`tests/benchmarks/pylians.py`) and works in float32. The floor is what scipy's FFT
+environment of its own (`tests/benchmarks/peers.py`) and works in float32. The floor is what scipy's FFT
 and one `bincount` with known bin numbers take in float32. The last column is the time as a multiple of ours
 on one rank.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-import pylians
+import peers
 
 BOX = 25.0
 REPEATS = 3
@@ -111,8 +111,8 @@ def run(n_mesh: int = 256) -> list[dict[str, Any]]:
             seconds[f"galdist, {ranks} MPI rank{'s' * (ranks > 1)}"] = ours(path, ranks)
     for threads in (1, 2):
         try:
-            found = pylians.run(_PYLIANS, field=field, box=BOX, threads=threads, repeats=REPEATS)
-        except pylians.PyliansMissing as missing:
+            found = peers.PYLIANS.run(_PYLIANS, field=field, box=BOX, threads=threads, repeats=REPEATS)
+        except peers.PeerMissing as missing:
             print(missing, file=sys.stderr)
         else:
             seconds[f"Pylians 0.12, {threads} thread{'s' * (threads > 1)}"] = float(found["seconds"])

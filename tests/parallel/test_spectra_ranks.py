@@ -13,7 +13,7 @@ from galdist.statistics.metrics import load_metrics
 from galdist.statistics.spectra import SpectraConfig, load_spectra, spectra
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import pylians
+import peers
 
 pytest.importorskip("nbodykit", reason="nbodykit is not installed: run `make setup`")
 
@@ -289,8 +289,8 @@ found = Pk_library.Pk(delta.astype("f4"), float(arguments["box"]), 0, str(argume
 results.update(k=found.k3D, power=found.Pk[:, 0], modes=found.Nmodes3D)
 """
     try:
-        theirs = pylians.run(code, field=field, box=BOX, scheme=scheme.upper())
-    except pylians.PyliansMissing as missing:
+        theirs = peers.PYLIANS.run(code, field=field, box=BOX, scheme=scheme.upper())
+    except peers.PeerMissing as missing:
         pytest.skip(str(missing))
     k, power, modes = mpirun(2, power_in_bins_of_pylians, field, scheme)[0]
     inside = slice(0, 30)  # the bins without modes on the Nyquist planes
