@@ -11,6 +11,7 @@ import logging
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from galdist.statistics.bispectrum import bispectrum, shells
 from galdist.statistics.counts import EDGES, counts_in_cells, in_cells
 from galdist.statistics.coverage import ball_ranks, expected_coverage
 from galdist.statistics.distributions import rank_histogram, ranks
-from galdist.statistics.metrics import MetricRow, save_metrics
+from galdist.statistics.metrics import Confusion, MetricRow, save_metrics
 from galdist.statistics.spectra import (
     TRUTH,
     Sample,
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 FILE = "field-statistics.json"
 LEVELS = np.linspace(0, 1, 21)
 """Credibilities at which the coverage is told."""
+CLASSIFICATION = ("accuracy", "recall", "precision")
+"""What is told of the cells that a prediction puts galaxies in."""
 
 Array = NDArray[np.float64]
 
@@ -121,6 +124,8 @@ def load_field_statistics(step: str | Path) -> dict[str, Any]:
     - ``mean``, ``variance``, ``poisson`` (s,) and ``distribution`` (s, bins), see
       `galdist.statistics.counts.counts_in_cells`;
     - ``voids`` (r,) number density [(h/Mpc)^3];
+    - ``confusion`` (4,) cells by whether they hold galaxies: true positives, false positives, true negatives,
+      false negatives; of predictions that are counts;
     - ``power``, ``equilateral``, ``squeezed`` (b,) with ``_error`` and ``_shot_noise``, see
       `galdist.statistics.bispectrum.bispectrum`.
 
@@ -180,7 +185,7 @@ def _measure(config: FieldStatisticsConfig, sample: Sample, labels: Mapping[str,
         else:
             log.warning("%s of %s is empty: no statistics", name, sample.name)
     mine = {
-        name: _local(config, *fields[name], box_size)
+        name: _local(config, *fields[name], box_size, None if name == TRUTH else fields[TRUTH])
         for number, name in enumerate(measured)
         if number % comm.size == comm.rank
     }
@@ -225,13 +230,20 @@ def _measure(config: FieldStatisticsConfig, sample: Sample, labels: Mapping[str,
 
 
 def _local(
-    config: FieldStatisticsConfig, where: SimulationGrids, field: str, box_size: float
+    config: FieldStatisticsConfig,
+    where: SimulationGrids,
+    field: str,
+    box_size: float,
+    truth: tuple[SimulationGrids, str] | None,
 ) -> tuple[dict[str, Any], Array]:
     """Statistics for which one process holds the whole field, and its counts in coarse cubes."""
     values = where.read(field)
     found = counts_in_cells(values, config.cells)
     voids = find_voids(values, box_size, config.void_radii, config.void_contrast)
     found["voids"] = void_sizes(voids, box_size, config.void_radii)
+    if truth is not None and np.all(values == np.rint(values)):  # a mean is above zero almost everywhere
+        cells = Confusion.of(values > 0, truth[0].read(truth[1]) > 0)
+        found["confusion"] = np.array(astuple(cells), float)
     return found, in_cells(values, config.coverage_cells)
 
 
@@ -287,6 +299,9 @@ def _rows(config: FieldStatisticsConfig, simulations: Mapping[str, Any]) -> list
                 rows[f"variance_ratio/{label}/{side:.3g}"] = value
             for shape, value in bispectra.items():
                 rows[f"bispectrum_ratio/{label}/{shape}"] = value
+            if "confusion" in found:
+                cells = Confusion(*found["confusion"])
+                rows |= {f"{name}/{label}": getattr(cells, name) for name in CLASSIFICATION}
         for label, found in result["samples"].items():
             away = expected_coverage(found["coverage_ranks"], LEVELS) - LEVELS
             rows[f"coverage_distance/{label}"] = np.abs(away).max()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_spectra_ranks import write_store
 
+from galdist.grids.store import open_store
 from galdist.statistics.fields import FieldStatisticsConfig, field_statistics, load_field_statistics
 from galdist.statistics.metrics import load_metrics
 
@@ -264,6 +265,15 @@ def test_stage_on_ranks(mpirun, boxes, tmp_path):
     assert rows["variance_ratio/diffusion/0.781", "box"] == pytest.approx(1, abs=0.2)
     assert rows["n_voids/truth", "test"] == pytest.approx(truth["voids"].sum() * BOX**3)
     assert rows["coverage_distance/diffusion", "box"] < 0.25
+
+    held = open_store(boxes / "grids" / "grids.zarr")["box"].read("galaxy_counts") > 0
+    called = open_store(boxes / "flat" / "prediction.zarr")["box"].read("galaxy_counts") > 0
+    right, wrong = np.sum(held & called), np.sum(called & ~held)
+    np.testing.assert_array_equal(flat["confusion"][:2], [right, wrong])
+    assert flat["confusion"].sum() == 32**3
+    assert rows["precision/flat", "box"] == pytest.approx(right / (right + wrong))
+    assert rows["recall/flat", "box"] == pytest.approx(right / held.sum())
+    assert "confusion" not in truth
 
 
 def test_a_box_that_is_done_is_not_measured_again(mpirun, boxes, tmp_path):
