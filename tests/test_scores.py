@@ -76,8 +76,10 @@ class Universe:
         checkpoints: tuple[str, ...] | None = None,
         levels: tuple[float, ...] = (),
         rows: dict[str, np.ndarray] | None = None,
+        beyond: float = math.inf,
     ) -> Path:
-        """A step with predictions, rows in random order; of the right model, but for its width."""
+        """A step with predictions, rows in random order; of the right model, but for its width. Halos of a
+        log mass above ``beyond`` are marked as extrapolated."""
         given = self.rows if rows is None else rows
         columns = [TARGETS.index(target) if target in TARGETS else 0 for target in targets]
         store = create_samples(
@@ -103,7 +105,7 @@ class Universe:
                     where[part],
                     point[part].astype("f4"),
                     samples[part].astype("f4"),
-                    np.zeros(len(part), bool),
+                    self.mass[name][: len(where)][part] > beyond,
                     None if quantiles is None else quantiles[part].astype("f4"),
                 )
         return self.path / step
@@ -246,6 +248,40 @@ def test_files(universe: Universe, scored: dict[Any, Any]) -> None:
     assert crps["error"] == scored["right", "crps", "color_gi"]["error"]
     narrow = headlines["energy_score/joint", "narrow"]
     assert (narrow["error"], narrow["unit"]) == (scored["narrow", "energy_score", "joint"]["bootstrap"], "")
+
+
+def test_scores_of_simulations_and_of_the_training_range(tmp_path: Path) -> None:
+    """Means over the rows of each group, their bootstrap errors those of so many rows."""
+    universe = Universe(tmp_path, {"box_0": 3000, "box_1": 1500, "tiny": 40})
+    steps = [universe.predict(f"right-{seed}", seed=seed, beyond=12.0) for seed in range(2)]
+    steps.append(universe.predict("one-box", "everywhere", beyond=-math.inf))
+    scores(ScoresConfig(**FAST), {"catalogs": [tmp_path], "predictions": steps}, tmp_path)
+    found = load_scores(tmp_path)
+    groups = {(r["label"], r["kind"], r["group"], r["metric"], r["of"]): r for r in found["groups"]}
+    names = {key[1:3] for key in groups if key[0] == "right"}
+    boxes = {("simulation", "box_0"), ("simulation", "box_1")}  # the tiny one has too few rows
+    assert names == boxes | {("range", "inside"), ("range", "outside")}
+    assert {key[1:3] for key in groups if key[0] == "everywhere"} == boxes
+    assert {key[3] for key in groups} == {"crps", "energy_score", "coverage_0.5", "coverage_0.9"}
+    # Of one box against scores that know no groups.
+    truth = universe.truth["box_1"]
+    expected = [
+        distributions.crps(universe.draws("box_1", 10, seed)[:, :, 0].astype("f4"), truth[:, 0].astype("f4"))
+        for seed in range(2)
+    ]
+    row = groups["right", "simulation", "box_1", "crps", "log_stellar_mass"]
+    assert row["n_rows"] == len(truth)
+    assert row["value"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert row["bootstrap"] == pytest.approx(np.mean(expected, axis=0).std() / math.sqrt(len(truth)), rel=0.5)
+    assert row["error"] == pytest.approx(abs(expected[0].mean() - expected[1].mean()) / 2, rel=1e-4)
+    # The parts make up the whole.
+    whole = {(r["label"], r["metric"], r["of"]): r["value"] for r in found["rows"]}
+    for metric, of in (("coverage_0.9", "color_gi"), ("energy_score", "joint")):
+        parts = [groups["right", "range", group, metric, of] for group in ("inside", "outside")]
+        numbers = [part["n_rows"] for part in parts]
+        assert sum(numbers) == found["n_rows"]
+        mean = np.average([part["value"] for part in parts], weights=numbers)
+        assert mean == pytest.approx(whole["right", metric, of])
 
 
 def test_who_is_best_and_by_how_much(universe: Universe, scored: dict[Any, Any]) -> None:

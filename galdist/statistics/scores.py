@@ -36,6 +36,7 @@ Measured = dict[tuple[str, str], Array]
 
 _ROWS = 1 << 16  # of an ensemble, at a time
 _PAIRS = 3  # of draws of one prediction that are compared with each other
+_FEWEST = 30  # rows of a group that is scored by itself: the mean of fewer says little
 _HEADLINES = ("ks", "ks_flat", "ks_mean", "energy_distance", "crps", "energy_score", "rmse")
 
 
@@ -100,6 +101,16 @@ class Comparison(TypedDict):
     of the difference when halos are resampled, the same ones for both."""
 
 
+class GroupRow(ScoreRow):
+    """A score of some of the rows: of proper scores and coverage, which are means over rows. No floors."""
+
+    kind: str
+    """``simulation``, or ``range``: of the training data, as each prediction's halos are marked."""
+    group: str
+    """Name of the simulation; ``inside`` or ``outside`` the range."""
+    n_rows: int
+
+
 def load_scores(step: str | Path) -> dict[str, Any]:
     """What a step of this stage found.
 
@@ -108,7 +119,8 @@ def load_scores(step: str | Path) -> dict[str, Any]:
     ``rows`` (list of `ScoreRow`); ``split``; ``n_rows``; ``scales``: the standard deviation of each true
     property, the unit of Wasserstein and energy distances and of energy scores of several properties;
     ``ranks``: a list of {``label``, ``of``, ``counts``}, the rank histogram (see
-    `distributions.rank_histogram`), mean over seeds; ``comparisons`` (list of `Comparison`).
+    `distributions.rank_histogram`), mean over seeds; ``comparisons`` (list of `Comparison`);
+    ``groups`` (list of `GroupRow`).
     """
     found: dict[str, Any] = durable.read_json(Path(step) / FILE)
     return found
@@ -129,6 +141,9 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     - metrics of single values (`distributions.point_metrics`), of the best value and, under names that end in
       ``_draw``, of one draw, which even for a perfect model are worse (the mean squared error doubles).
 
+    Proper scores and coverage are also given of each simulation, where there are several, and of the halos
+    inside and outside the range that a model was trained on; not of groups of less than 30.
+
     Raises
     ------
     ValueError
@@ -146,19 +161,22 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     weights = distributions.resamplings(truth.n_rows, config.bootstrap, rng)
     rows: list[ScoreRow] = []
     ranks = []
+    groups_of_rows: list[GroupRow] = []
     resampled: dict[str, Measured] = {}
     done = 0
     for label, stores in groups.items():
-        seeds, selves, histograms = [], [], []
+        seeds, selves, histograms, grouped = [], [], [], []
         for store in stores:
             progress.report(done, n_predictions, label)
             prediction = _Prediction.read(store, truth)
-            measured, counts = _measure(config, prediction, truth, weights)
+            measured, counts, single = _measure(config, prediction, truth, weights)
             seeds.append(measured)
             selves.append(_between_draws(config, prediction, truth))
             histograms.append(counts)
+            grouped.append(_by_group(single, _row_groups(prediction, truth), weights))
             done += 1
         rows += _rows(label, seeds, selves, truth.floors(config, stores[0]))
+        groups_of_rows += _group_rows(label, grouped)
         resampled[label] = _comparable(seeds, all_of=set(stores[0].targets) == set(truth.targets))
         ranks += [
             {"label": label, "of": of, "counts": np.mean([one[of] for one in histograms], axis=0).tolist()}
@@ -173,6 +191,7 @@ def scores(config: ScoresConfig, inputs: Mapping[str, list[Path]], out: Path) ->
             "rows": rows,
             "ranks": ranks,
             "comparisons": _comparisons(resampled, rows),
+            "groups": groups_of_rows,
         },
     )
     save_metrics(out, list(_headlines(rows, truth.units)))
@@ -333,6 +352,7 @@ class _Prediction:
     point: NDArray[np.float32]
     samples: NDArray[np.float32]
     quantiles: NDArray[np.float32] | None
+    extrapolated: NDArray[np.bool_]
 
     @classmethod
     def read(cls, store: SamplesStore, truth: _Truth) -> "_Prediction":
@@ -341,7 +361,7 @@ class _Prediction:
             values = getattr(found, name)
             if values is not None and not np.isfinite(values).all():
                 raise ValueError(f"{store.path}: {name} are not all finite")
-        return cls(store, found.point, found.samples, found.quantiles)
+        return cls(store, found.point, found.samples, found.quantiles, found.extrapolated)
 
     def places(self, columns: Columns) -> list[int]:
         """Where columns are in the last axis of its arrays."""
@@ -350,15 +370,18 @@ class _Prediction:
 
 def _measure(
     config: ScoresConfig, prediction: _Prediction, truth: _Truth, weights: Weights
-) -> tuple[Measured, dict[str, Array]]:
-    """Every metric of one prediction, and the rank histogram of each property."""
+) -> tuple[Measured, dict[str, Array], Measured]:
+    """Every metric of one prediction, the rank histogram of each property, and those metrics that are means
+    over rows, of each row (n,)."""
     measured: Measured = {}
     histograms: dict[str, Array] = {}
+    single: Measured = {}
     done: dict[Columns, str] = {}
     size = prediction.store.n_samples
     for of, columns in _sets(config, prediction.store).items():
         if columns in done:  # the configured set is all that the model has
-            measured |= {(m, of): value for (m, other), value in measured.items() if other == done[columns]}
+            for known in (measured, single):
+                known |= {(m, of): value for (m, other), value in known.items() if other == done[columns]}
             continue
         done[columns] = of
         places = prediction.places(columns)
@@ -366,20 +389,61 @@ def _measure(
         draw = prediction.samples[:, 0, places]
         found = distributions.distances(draw, true, weights, weights, scale)
         found |= distributions.point_metrics(prediction.point[:, places], true, weights)
-        single = distributions.point_metrics(draw, true, weights)
-        found |= {f"{metric}_draw": value for metric, value in single.items()}
+        of_draw = distributions.point_metrics(draw, true, weights)
+        found |= {f"{metric}_draw": value for metric, value in of_draw.items()}
         if len(columns) == 1:
             found |= _pinball(config, prediction, places[0], true[:, 0], weights)
         if size > 1:
             score = _energy_score(prediction.samples, places, true, scale if len(columns) > 1 else None)
-            found["energy_score" if len(columns) > 1 else "crps"] = distributions.means(score, weights)
+            rows = {"energy_score" if len(columns) > 1 else "crps": score}
             if len(columns) == 1:
-                calibration, histograms[of] = _calibration(
+                calibration, histograms[of], covered = _calibration(
                     config, prediction.samples[:, :, places[0]], true[:, 0], weights
                 )
                 found |= calibration
+                rows |= covered
+            found |= {metric: distributions.means(values, weights) for metric, values in rows.items()}
+            single |= {(metric, of): values for metric, values in rows.items()}
         measured |= {(metric, of): value for metric, value in found.items()}
-    return measured, histograms
+    return measured, histograms, single
+
+
+def _row_groups(prediction: _Prediction, truth: _Truth) -> dict[tuple[str, str], NDArray[np.bool_]]:
+    """(kind, group) -> which rows (n,), as in `GroupRow`."""
+    outside, simulation = prediction.extrapolated, truth.centrals.simulation
+    groups = {("range", "inside"): ~outside, ("range", "outside"): outside}
+    groups |= {
+        ("simulation", attrs.name): simulation == number
+        for number, attrs in enumerate(truth.centrals.simulations)
+    }
+    return {
+        group: rows for group, rows in groups.items() if rows.sum() >= _FEWEST and not rows.all()
+    }  # what has all rows is no part
+
+
+def _by_group(
+    single: Measured, groups: Mapping[tuple[str, str], NDArray[np.bool_]], weights: Weights
+) -> dict[tuple[str, str], tuple[int, Measured]]:
+    """Number of rows of each group, and means over them in each resampling of all rows."""
+    if not single:  # one draw has no proper scores
+        return {}
+    values = np.stack(list(single.values()), axis=1)
+    found = {}
+    for group, rows in groups.items():
+        drawn = weights[rows]
+        mean = distributions.means(values[rows], drawn) / drawn.mean(axis=0)[:, None]
+        found[group] = int(rows.sum()), dict(zip(single, mean.T, strict=True))
+    return found
+
+
+def _group_rows(
+    label: str, seeds: Sequence[Mapping[tuple[str, str], tuple[int, Measured]]]
+) -> Iterator[GroupRow]:
+    """Lines of the groups that all seeds have."""
+    for (kind, group), (n_rows, _) in seeds[0].items():
+        if all((kind, group) in one for one in seeds):
+            for row in _rows(label, [one[kind, group][1] for one in seeds], [], {}):
+                yield GroupRow(**row, kind=kind, group=group, n_rows=n_rows)
 
 
 def _energy_score(samples: NDArray[np.float32], places: list[int], true: Array, scale: Array | None) -> Array:
@@ -412,8 +476,9 @@ def _pinball(
 
 def _calibration(
     config: ScoresConfig, samples: NDArray[np.float32], true: Array, weights: Weights
-) -> tuple[dict[str, Array], Array]:
-    """Coverage, flatness of ranks and uniformity of the PIT of one property; and the rank histogram."""
+) -> tuple[dict[str, Array], Array, dict[str, Array]]:
+    """Flatness of ranks and uniformity of the PIT of one property; the rank histogram; and the coverage of
+    each row."""
     size = samples.shape[1]
     # As coarse as the draws: a truth that a model gives back would else be a little above or below its draw.
     low, high = distributions.ranks(samples, true.astype(samples.dtype))
@@ -425,10 +490,10 @@ def _calibration(
         "rank_chi2": distributions.flatness(histogram),
         "pit_ks": distributions.distances(transform, uniform, weights, even)["ks"],
     }
-    for level in config.intervals:
-        inside = distributions.coverage(low, high, size, level)
-        found[f"coverage_{level:g}"] = distributions.means(inside, weights)
-    return found, histogram[:, 0]
+    covered = {
+        f"coverage_{level:g}": distributions.coverage(low, high, size, level) for level in config.intervals
+    }
+    return found, histogram[:, 0], covered
 
 
 def _between_draws(config: ScoresConfig, prediction: _Prediction, truth: _Truth) -> Measured:

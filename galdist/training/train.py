@@ -441,10 +441,12 @@ class _Training:
         if not self.group.is_main:
             return
         position, n_steps = self.position, self.batches.steps
+        known = math.isfinite(position.best_loss)
+        best = f", best validation loss {position.best_loss:.4g}" if known else ""
         progress.report(
             position.epoch + position.step / n_steps,
             self.config.epochs,
-            f"epoch {position.epoch + 1}, best validation loss {position.best_loss:.4g}",
+            f"epoch {position.epoch + 1}" + best,
         )
         now = time.monotonic()
         if position.step % max(n_steps // 10, 1) == 0 and now - self.drawn_at > _CURVES:
