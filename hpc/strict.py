@@ -101,7 +101,7 @@ def parse_yaml(text: str, source: str) -> Document:
             _index(node, (), lines, problems, set())
         if problems:
             raise SettingsError(source, problems, lines)
-        return Document(source, None if node is None else loader.construct_document(node), lines)
+        return Document(source, None if node is None else _tree(loader.construct_document(node)), lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -120,6 +120,13 @@ def read_yaml(path: str | Path) -> Document:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise SettingsError(str(path), [Problem((), f"cannot be read: {reason}")]) from None
     return parse_yaml(text, str(path))
+
+
+def _tree(value: Any) -> Any:
+    """What aliases share as one copy each, so that a change at one place stays there."""
+    if isinstance(value, dict):
+        return {key: _tree(item) for key, item in value.items()}
+    return [_tree(item) for item in value] if isinstance(value, list) else value
 
 
 def _index(

@@ -220,6 +220,20 @@ def test_values_from_the_command_line(tmp_path: Path) -> None:
     assert run.steps["second"].resources.ranks == 3
 
 
+def test_a_value_from_the_command_line_is_of_one_step_alone(tmp_path: Path) -> None:
+    """Steps may share their settings through an alias, whole or merged; one of them can still be changed."""
+    text = """\
+name: study
+seed: 3
+steps:
+  - {name: first, stage: pieces, config: &shared {n_pieces: 2}}
+  - {name: second, stage: pieces, config: *shared}
+  - {name: third, stage: pieces, config: {<<: *shared, seconds: 1.0}}
+"""
+    run = load(write(tmp_path, text), ("first.n_pieces=7",), STAGES)
+    assert [run.configs[step].model_dump()["n_pieces"] for step in run.order] == [7, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
