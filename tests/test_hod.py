@@ -322,6 +322,17 @@ def test_stage_paints_the_test_boxes_with_what_the_training_boxes_say(model_univ
     assert rows["n_galaxies/expected", "A_CV_3"] == pytest.approx(expected.sum(), rel=1e-6)
 
 
+def test_catalogs_that_are_fitted_may_be_others_of_the_same_names(model_universe, tmp_path):
+    """As of another redshift: what is fitted depends on them alone, what is painted on the others' halos."""
+    early = universe(tmp_path / "early", n_boxes=3, prefix="A")
+    inputs = {**model_universe, "training": early["catalogs"]}
+    hod(HodConfig(seed=1), inputs, tmp_path / "crossed")
+    hod(HodConfig(seed=1), early, tmp_path / "own")
+    crossed, own = (json.loads((tmp_path / out / "hod.json").read_text()) for out in ("crossed", "own"))
+    assert crossed == own
+    assert list(open_store(tmp_path / "crossed" / "prediction.zarr")) == ["A_CV_3"]
+
+
 def test_stage_is_seeded_and_can_be_called_again(model_universe, tmp_path):
     fields = []
     for seed, out in ((1, "a"), (1, "a"), (1, "b"), (2, "c")):

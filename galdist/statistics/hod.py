@@ -192,6 +192,9 @@ class HodConfig(StrictModel):
 def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     """Fit the occupation of the training simulations' halos and paint the simulations of a split.
 
+    ``inputs["catalogs"]`` hold the halos that are painted, ``inputs["training"]`` those that are fitted, by
+    default the same: other suites, ranges of parameters, or redshifts of simulations of the same names.
+
     Writes ``hod.json`` (the fitted `Occupation` and the measured one in bins of mass), ``prediction.zarr``
     (the counts of one realization, and ``expected_<field>``, their mean over realizations: what a
     deterministic prediction is fairly compared with), ``galaxies.zarr`` (the realization's galaxies) and
@@ -203,11 +206,12 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
         for catalogs and grids that do not belong together, and catalogs that cannot be fitted.
     """
     catalogs = _catalogs(inputs["catalogs"])
-    training = _training(config, catalogs)
+    fitted = _catalogs(inputs.get("training") or inputs["catalogs"])
+    training = _training(config, fitted)
     targets = _targets(config, inputs["grids"], catalogs)
     holders = {name: _halos(config, catalogs[name], grids) for name, grids in targets.items()}
     tables = [
-        catalogs[name].table(name, "halos", [config.mass, "n_galaxies", *_secondary_columns(config)])
+        fitted[name].table(name, "halos", [config.mass, "n_galaxies", *_secondary_columns(config)])
         for name in training
     ]
     mass = np.concatenate([table[config.mass] for table in tables]).astype(float)
@@ -216,7 +220,7 @@ def hod(config: HodConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     occupation: PowerLaw | Zheng
     if isinstance(config.form, ZhengForm):
         if config.form.assembly_bias:
-            boxes = [catalogs[name].attrs(name).box_size for name in training]
+            boxes = [fitted[name].attrs(name).box_size for name in training]
             halves = [_upper(config, table, box) for table, box in zip(tables, boxes, strict=True)]
             upper = np.concatenate(halves)
         occupation = fit_zheng(mass, number, config.outliers, upper)
