@@ -60,7 +60,24 @@ def _points(label: str, of: str, *values: float | None) -> dict[tuple[str, str, 
     return {(label, metric, of): value for metric, value in named if value is not None}
 
 
+def _voxels(label: str, *values: float) -> dict[tuple[str, str, str], float]:
+    """Accuracy, recall and precision [%] of the voxels that hold galaxies."""
+    named = zip(("accuracy", "recall", "precision"), values, strict=True)
+    return {(label, metric, "voxels"): value / 100 for metric, value in named}
+
+
 PUBLISHED = {
+    "camels": Published(
+        citation="Sether & Giusarma (2024), CAMELS L25n256, after Zhang et al. (2019, arXiv:1902.05965) and "
+        "Ono et al. (2024, arXiv:2403.10648)",
+        shown=(),
+        scores={
+            **_voxels("Inception", 97.34, 95.38, 3.537),
+            **_voxels("R2U-Net", 98.24, 94.16, 5.196),
+            **_voxels("VDM", 99.07, 100, 83.7),
+        },
+        remarks={"voxels": "Those of the VDM are of maps in two dimensions, where far more cells hold some."},
+    ),
     "tng300": Published(
         citation="Oyarzun & Espinoza, after Rodrigues et al. (2023, MNRAS 522, 3236) and de Santi et al. "
         "(2022, MNRAS 514, 2463)",
@@ -98,6 +115,6 @@ PUBLISHED = {
             "R² 0.951 of stellar mass, and the recurrent one of Chittenden & Tojeiro (2022) MAD 0.079 "
             f"(centrals). {_BALANCED}",
         },
-    )
+    ),
 }
 """By the name that a run file calls them."""

@@ -26,6 +26,7 @@ from galdist import __version__, status
 from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
 from galdist.report.artist import Artist, Block, Panel
+from galdist.report.domains import Domains
 from galdist.report.fields import field_blocks
 from galdist.report.halos import MOST, HaloStudy
 from galdist.report.published import PUBLISHED
@@ -78,7 +79,8 @@ class ReportConfig(StrictModel):
     """Labels of the models of galaxies in halos that figures show (tables have all); by default the best ones
     and published ones."""
     published: str | None = None
-    """Published figures beside our own: ``tng300`` for a run on the centrals of TNG300-1."""
+    """Published figures beside our own: ``tng300`` for a run on the centrals of TNG300-1, ``camels`` for
+    voxels of CAMELS."""
 
     @field_validator("published")
     @classmethod
@@ -116,17 +118,18 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         ("Boxes", partial(_slices, artist, config, steps, stores, predictions, hods)),
         ("Spectra", partial(_spectra, artist, steps, stores)),
         ("Statistics of fields", partial(field_blocks, artist, steps)),
+        ("Predictions", partial(Domains(run, steps, stores, predictions).tables, artist, published)),
         ("Halo occupation", partial(_occupation, artist, steps)),
         ("Distributions", partial(halos.distributions, artist)),
         ("Tracers", partial(halos.tracers_of_boxes, artist)),
         ("Training", partial(_training, artist, steps)),
     )
     for number, (title, draw) in enumerate(drawn):
-        progress.report(number, 8, title)
+        progress.report(number, len(drawn) + 1, title)
         if blocks := draw():
             sections.append({"title": title, "id": title.lower().replace(" ", "-"), "blocks": blocks})
 
-    progress.report(7, 8, "page")
+    progress.report(len(drawn), len(drawn) + 1, "page")
     simulations = {name for store in (*stores.values(), *predictions.values()) for name in store}
     results = _results(steps, simulations)
     page = _environment().get_template("template.html").render(
@@ -148,7 +151,7 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         versions=_versions(steps),
     )  # fmt: skip
     durable.write_text(out / FILE, page)
-    progress.report(8, 8)
+    progress.report(len(drawn) + 1, len(drawn) + 1)
 
 
 def _environment() -> jinja2.Environment:
