@@ -241,8 +241,8 @@ def test_samples_are_fields_of_the_targets_and_a_function_of_the_seed(spatial: i
     config = {"targets": targets, "spatial": spatial, "channels": [2, 3], "attention": 1}
     model = prepared(data, **config, sampler={"kind": "ancestral", "steps": 3})
 
-    def draw(seed: int, **batch: Any) -> dict[str, Tensor]:
-        return model.sample(data | batch, torch.Generator().manual_seed(seed))
+    def draw(seed: int) -> dict[str, Tensor]:
+        return model.sample(data, torch.Generator().manual_seed(seed))
 
     drawn = draw(0)
     assert {name: field.shape for name, field in drawn.items()} == {
@@ -254,9 +254,6 @@ def test_samples_are_fields_of_the_targets_and_a_function_of_the_seed(spatial: i
     assert (counts >= 0).all()
     assert torch.equal(draw(0)["momentum"], drawn["momentum"])
     assert not torch.equal(draw(1)["momentum"], drawn["momentum"])
-    assert torch.equal(model.predict(data)["momentum"], drawn["momentum"])
-    inner = draw(0, halo=2, periodic=False)
-    assert inner["momentum"].shape == (2, 3, 4, 4, 4)
 
 
 def test_a_box_drawn_in_crops_is_the_box_where_these_share_enough() -> None:
@@ -331,7 +328,7 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path) -> None:
     inputs = {"grids": [tmp_path / "grids"]}
     train(TrainConfig.model_validate(config), inputs, tmp_path / "train")
     inputs["model"] = [tmp_path / "train"]
-    predict(PredictConfig(tile=8, samples=2), inputs, tmp_path / "predict")
+    predict(PredictConfig(samples=2), inputs, tmp_path / "predict")
     drawn = open_store(tmp_path / "predict" / "prediction.zarr")["box_3"]
     fields = [drawn.read(name) for name in ("galaxy_counts_sample_0", "galaxy_counts_sample_1")]
     assert not np.array_equal(*fields)
@@ -357,12 +354,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="builds on no other"):
         build(DiffusionConfig(channels=(2,)), [objective()])
     with pytest.raises(ValueError, match="has 3 components, not the 1"):
-        objective(inputs=[{"field": "momentum"}]).predict(data)
+        objective(inputs=[{"field": "momentum"}]).sample(data, torch.Generator())
     with pytest.raises(ValueError, match="leave `quantum` out"):
         objective(inputs=[{"field": "matter_counts"}], targets=[COUNTS | {"field": "momentum"}]).prepare(
             lambda name: iter(data[name].numpy())
         )
-    with pytest.raises(ValueError, match="set `tile` to the n_mesh"):
-        objective().predict(batch(8, halo=2))
-    with pytest.raises(ValueError, match="cannot be drawn in crops"):
-        objective(crop=4).sample(batch(8, halo=2), torch.Generator())
+    with pytest.raises(ValueError, match="draws whole boxes"):
+        objective().sample(batch(8, halo=2), torch.Generator())

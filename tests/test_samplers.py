@@ -103,7 +103,8 @@ def test_overlapping_crops_give_the_whole_box(spatial: int) -> None:
         return x * (strength[boxes] * gamma).view(-1, *(1,) * (spatial + 1))
 
     gamma = torch.tensor([0.1, 0.2, 0.3])
-    blended = joint(denoise, condition, Crops(24, spatial, 16, 8, 2), batch_size=4)(z, gamma)
+    crops = Crops(24, spatial, 16, 8, 2)
+    blended = joint(denoise, condition, crops, 4, z.device)(z, gamma)
     wide = torch.nn.functional.pad(torch.cat([z, condition], 1), (2,) * 2 * spatial, mode="circular")
     whole = convolve(wide, kernel) * (strength * gamma).view(-1, *(1,) * (spatial + 1))
     torch.testing.assert_close(blended, whole, atol=1e-5, rtol=1e-5)

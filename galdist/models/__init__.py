@@ -8,13 +8,14 @@ import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
+import torch
 from numpy.typing import NDArray
 from pydantic import SerializeAsAny, ValidatorFunctionWrapHandler, WrapValidator
 from torch import Tensor, nn
 
 from galdist.config import StrictModel
 from galdist.grids.store import Field
-from hpc import rank
+from hpc import ddp, rank
 from hpc.strict import did_you_mean
 
 Batch = Mapping[str, Any]
@@ -99,7 +100,7 @@ class GridObjective(Objective):
     """
 
     drawn: tuple[Field, ...] = ()
-    """Fields that `draw` draws, of one component; none where the model gives means only."""
+    """Fields that it draws; none where the model gives means only."""
     simulation_parameters: tuple[str, ...] = ()
     """Parameters of a simulation that it is conditioned on, in the order of ``batch["parameters"]`` (b, p):
     names of its cosmology or astrophysics, or `redshift`. Like fields they come in units of their own
@@ -113,17 +114,50 @@ class GridObjective(Objective):
     alignment: int
     """Origins of tiles are multiples of it."""
 
-    @abc.abstractmethod
+    def crops(self, n_mesh: int) -> int:
+        """Crops in which a box of ``n_mesh`` cells a side is drawn jointly, all its voxels at once; 0 for
+        families whose voxels are predicted each by itself, in any tiles.
+
+        Raises
+        ------
+        ValueError
+            where the crops do not cover the box.
+        """
+        del n_mesh
+        return 0
+
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Fields named in `outputs`, ``(batch, component, z, y, x)`` without the halo."""
+        raise NotImplementedError(f"{self.config.name} draws whole boxes")
 
     def draw(self, batch: Batch, uniforms: Tensor) -> dict[str, Tensor]:
-        """Draws of the fields named in `drawn`, ``(batch, draw, z, y, x)`` without the halo.
+        """Draws of the fields named in `drawn`, of one component, ``(batch, draw, z, y, x)`` without the
+        halo.
 
         ``uniforms`` are random numbers in [0, 1) of the same shape, float64: one for each voxel of each draw,
         which belongs to the voxel whatever the tile.
         """
         raise NotImplementedError(f"{self.config.name} gives means, of which nothing can be drawn")
+
+    def draw_boxes(
+        self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
+    ) -> Iterator[dict[str, Tensor] | float]:
+        """Draw the fields named in `outputs` for whole boxes, where these are drawn jointly (`crops`).
+
+        Parameters
+        ----------
+        batch
+            whole boxes, on the CPU, where all that is as large as they are stays.
+        generator
+            of all that is random, on the CPU. With one state it gives one draw.
+        group
+            ranks that share the work; all call it with the same arguments.
+
+        Returns
+        -------
+        after each of many steps, the share that is done; last, the fields ``(batch, component, z, y, x)``.
+        """
+        raise NotImplementedError(f"{self.config.name} predicts voxels each by itself")
 
 
 def objective_class(name: str) -> type[Objective]:

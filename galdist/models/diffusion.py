@@ -5,10 +5,11 @@ data get noisier with t until nothing is left of them; a network learns their po
 ones. From the network alone follow a bound on -ln p(data), which training minimizes, and samples.
 """
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -136,6 +137,9 @@ class DiffusionConfig(ModelConfig):
         return self
 
 
+_Entry = TypeVar("_Entry", bound=InputConfig)
+
+
 class VariationalDiffusion(GridObjective):
     """Draws the target fields given the inputs, after training by the variational bound.
 
@@ -158,7 +162,7 @@ class VariationalDiffusion(GridObjective):
         self.inputs = tuple(entry.field for entry in config.inputs)
         self.fields = (*self.inputs, *(entry.field for entry in config.targets))
         self.outputs = tuple(Field(name=entry.field, components=entry.components) for entry in config.targets)
-        self.drawn = tuple(field for field in self.outputs if field.components == 1)
+        self.drawn = self.outputs
         self.simulation_parameters = config.parameters
         self.of_inputs = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
         self.of_targets = nn.ModuleList(Normalization(entry.normalization) for entry in config.targets)
@@ -171,9 +175,9 @@ class VariationalDiffusion(GridObjective):
         self.alignment, self.reach = self.network.alignment, self.network.reach
 
     def prepare(self, training: TrainingFields) -> None:
-        for entry, normalization in self._inputs():
+        for entry, normalization in _each(self.config.inputs, self.of_inputs):
             normalization.fit(partial(training, entry.field))
-        for entry, normalization in self._targets():
+        for entry, normalization in _each(self.config.targets, self.of_targets):
             normalization.fit(partial(_densities, training, entry))
         if self.features.embedding is not None:
             self.features.embedding.standardize.fit(training)
@@ -202,85 +206,66 @@ class VariationalDiffusion(GridObjective):
         terms = {name: sums[name].item() / sums["dimensions"].item() for name in TERMS}
         return {"loss": sum(terms.values()), **terms}
 
-    def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """The sample of the seed 0, of whole boxes."""
-        return self._drawn(batch, 0)
+    def crops(self, n_mesh: int) -> int:
+        return len(self._crops(n_mesh))
 
-    def draw(self, batch: Batch, uniforms: Tensor) -> dict[str, Tensor]:
-        """Samples of whole boxes, whose seeds are the random numbers of their first voxels."""
-        seeds = [int(first * 2**53) for first in uniforms[0, :, 0, 0, 0].tolist()]
-        samples = [self._drawn(batch, seed) for seed in seeds]
-        return {field.name: torch.cat([sample[field.name] for sample in samples], 1) for field in self.drawn}
+    def _crops(self, n_mesh: int) -> Crops:
+        config = self.config
+        return Crops(n_mesh, config.spatial, config.crop or n_mesh, config.overlap, self.alignment)
 
-    def _drawn(self, batch: Batch, seed: int) -> dict[str, Tensor]:
-        if not batch["periodic"]:
-            raise ValueError(
-                f"{self.config.name} draws whole boxes, for tiles that are drawn one by one do not fit each "
-                "other: set `tile` to the n_mesh of the box, and model.crop for one that exceeds the memory"
-            )
-        device = batch[self.inputs[0]].device
-        return self.sample(batch, torch.Generator(device).manual_seed(seed))
-
-    @torch.no_grad()
     def sample(
         self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
     ) -> dict[str, Tensor]:
-        """A draw of the targets given the inputs, for each box of a batch.
+        """What `draw_boxes` gives last."""
+        *_, fields = self.draw_boxes(batch, generator, group)
+        assert isinstance(fields, dict)
+        return fields
 
-        Parameters
-        ----------
-        batch
-            inputs ``(b, c, z, y, x)``, cubes, with their halo; and the simulations' parameters, where these
-            are known. Boxes that are larger than ``crop`` are whole ones, `periodic`.
-        generator
-            of all that is random, on the device of the inputs. With one state it gives one sample.
-        group
-            ranks that share the crops of these boxes; all call it with the same arguments.
-
-        Returns
-        -------
-        the targets in units of their own, ``(b, c, z, y, x)`` without the halo.
-
-        Raises
-        ------
-        ValueError
-            where boxes are to be drawn in crops that do not cover them.
-        """
-        config, halo = self.config, batch["halo"]
-        condition, parameters = self._condition(batch), batch.get(PARAMETERS)
-        shape = (len(condition), self.network.head.out_features, *condition.shape[2:])
-        noise = torch.randn(shape, generator=generator, device=condition.device)
-        condition, noise = self._split(condition), self._split(noise)
-        if parameters is not None:
-            parameters = parameters.repeat_interleave(len(noise) // shape[0], 0)
-        n_mesh = shape[-1]
-        crops = Crops(n_mesh, config.spatial, config.crop or n_mesh, config.overlap, self.alignment)
-        if not (batch["periodic"] or crops.whole):
+    @torch.no_grad()
+    def draw_boxes(
+        self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
+    ) -> Iterator[dict[str, Tensor] | float]:
+        config = self.config
+        if not batch["periodic"]:
             raise ValueError(
-                f"model.crop is {config.crop}: a block of {n_mesh} cells that is no whole box cannot be "
-                "drawn in crops; give the box, or a block no larger than a crop"
+                f"{config.name} draws whole boxes, whose opposite faces touch; not parts of them"
             )
+        # Boxes may exceed the memory of the device that the network is on.
+        of_inputs, of_targets = (copy.deepcopy(part).cpu() for part in (self.of_inputs, self.of_targets))
+        condition, parameters = self._condition(batch, of_inputs), batch.get(PARAMETERS)
+        n_boxes, n_mesh, device = len(condition), condition.shape[-1], self.network.head.weight.device
+        shape = (n_boxes, self.network.head.out_features, *condition.shape[2:])
+        noise = self._split(torch.randn(shape, generator=generator))
+        condition = self._split(condition)
+        if parameters is not None:
+            parameters = parameters.repeat_interleave(len(noise) // n_boxes, 0)
+        crops = self._crops(n_mesh)
 
         def denoise(z: Tensor, gamma: Tensor, condition: Tensor, boxes: Tensor) -> Tensor:
-            known = None if parameters is None else parameters[boxes]
-            return self._denoise(z, gamma, condition, known, crops.whole and batch["periodic"])
+            known = None if parameters is None else parameters[boxes].to(device)
+            return self._denoise(z, gamma, condition, known, crops.whole)
 
-        denoiser = joint(denoise, condition, crops, config.crops_at_once, group)
-        x = config.sampler.draw(denoiser, self.schedule, noise, generator)
+        denoiser = joint(denoise, condition, crops, config.crops_at_once, device, group)
+        schedule = copy.deepcopy(self.schedule).cpu()
+        for step, x in enumerate(config.sampler.path(denoiser, schedule, noise, generator), 1):
+            drawn = x
+            yield step / config.sampler.steps
         if config.spatial == 2:
-            x = x.unflatten(0, (shape[0], -1)).movedim(1, 2)
+            drawn = drawn.unflatten(0, (n_boxes, -1)).movedim(1, 2)
         fields = {}
         sizes = [entry.components for entry in config.targets]
-        for (entry, normalization), part in zip(self._targets(), x.split(sizes, 1), strict=True):
-            field = normalization.inverse(trim(part, halo))
+        targets = _each(config.targets, of_targets)
+        for (entry, normalization), part in zip(targets, drawn.split(sizes, 1), strict=True):
+            field = normalization.inverse(part)
             if entry.quantum is not None:
                 field = (field / entry.quantum).floor().clamp(min=0) * entry.quantum
             fields[entry.field] = field
-        return fields
+        yield fields
 
     def _terms(self, batch: Batch, seeds: Tensor, t: Tensor) -> dict[str, Tensor]:
         """The bound's terms [bits] of every dimension, looked at in times ``t`` (b,)."""
-        condition, parameters, halo = self._condition(batch), batch.get(PARAMETERS), batch["halo"]
+        condition, parameters = self._condition(batch, self.of_inputs), batch.get(PARAMETERS)
+        halo = batch["halo"]
         uniform, noise, hidden = self._draws(seeds, condition)
         x, nats = self._normalized(batch, uniform)
         x, nats, noise, condition = (self._split(field, halo) for field in (x, nats, noise, condition))
@@ -299,26 +284,18 @@ class VariationalDiffusion(GridObjective):
         terms["reconstruction"] = terms["reconstruction"] + trim(nats, halo, self.config.spatial)
         return {name: term / math.log(2) for name, term in terms.items()}
 
-    def _inputs(self) -> Iterator[tuple[InputConfig, Normalization]]:
-        for entry, normalization in zip(self.config.inputs, self.of_inputs, strict=True):
-            assert isinstance(normalization, Normalization)
-            yield entry, normalization
-
-    def _targets(self) -> Iterator[tuple[TargetConfig, Normalization]]:
-        for entry, normalization in zip(self.config.targets, self.of_targets, strict=True):
-            assert isinstance(normalization, Normalization)
-            yield entry, normalization
-
-    def _condition(self, batch: Batch) -> Tensor:
+    def _condition(self, batch: Batch, normalizations: Iterable[nn.Module]) -> Tensor:
         """Normalized inputs, ``(b, c, z, y, x)``."""
-        return torch.cat([normalization(_field(batch, entry)) for entry, normalization in self._inputs()], 1)
+        pairs = _each(self.config.inputs, normalizations)
+        return torch.cat([normalization(_field(batch, entry)) for entry, normalization in pairs], 1)
 
     def _normalized(self, batch: Batch, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The targets as densities, normalized, and what that adds to -ln p in each cell; both
         ``(b, c, z, y, x)``."""
         normalized, nats = [], []
         sizes = [entry.components for entry in self.config.targets]
-        for (entry, normalization), noise in zip(self._targets(), uniform.split(sizes, 1), strict=True):
+        targets = _each(self.config.targets, self.of_targets)
+        for (entry, normalization), noise in zip(targets, uniform.split(sizes, 1), strict=True):
             field = _field(batch, entry)
             if entry.quantum is not None:
                 field = ((field / entry.quantum).floor() + noise) * entry.quantum
@@ -365,6 +342,14 @@ class VariationalDiffusion(GridObjective):
         alpha, sigma = (a.view(-1, *(1,) * (z.ndim - 1)) for a in signal_and_noise(gamma))
         x: Tensor = alpha * z - sigma * v
         return x
+
+
+def _each(
+    entries: Sequence[_Entry], normalizations: Iterable[nn.Module]
+) -> Iterator[tuple[_Entry, Normalization]]:
+    for entry, normalization in zip(entries, normalizations, strict=True):
+        assert isinstance(normalization, Normalization)
+        yield entry, normalization
 
 
 def _field(batch: Batch, entry: InputConfig) -> Tensor:

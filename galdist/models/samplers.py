@@ -7,7 +7,7 @@ larger box (`joint`).
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -63,6 +63,18 @@ class Sampler(StrictModel):
         -------
         Tensor ``(b, c, *mesh)``: the mean of the data given the last noisy field.
         """
+        for x in self.path(denoiser, schedule, noise, generator):
+            drawn = x
+        return drawn
+
+    def path(
+        self,
+        denoiser: Denoiser,
+        schedule: Callable[[Tensor], Tensor],
+        noise: Tensor,
+        generator: torch.Generator,
+    ) -> Iterator[Tensor]:
+        """The noisy fields after each step, in units of the data; the last is what `draw` gives."""
         levels = schedule(torch.linspace(1, 0, self.steps + 1, device=noise.device)).double()
         z, before = noise, None
         for n, (gamma, target) in enumerate(itertools.pairwise(levels)):
@@ -80,7 +92,7 @@ class Sampler(StrictModel):
             if self.kind == "ancestral":
                 new = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
                 z = z + sigma_next * fresh.sqrt() * new
-        return z / signal_and_noise(levels[-1])[0]
+            yield z / alpha_next
 
 
 class Crops:
@@ -157,17 +169,18 @@ def joint(
     condition: Tensor,
     crops: Crops,
     batch_size: int,
+    device: torch.device,
     group: ddp.Group | None = None,
 ) -> Denoiser:
     """A denoiser of whole periodic boxes: the posterior means of their crops, blended.
 
     Steps follow one another, crops do not: they go through ``denoise`` ``batch_size`` at a time, and are
     shared over the ranks of ``group``, each of which holds the boxes and their ``condition``
-    ``(b, c, *mesh)``.
+    ``(b, c, *mesh)``. Boxes stay where they are; crops go to ``device``.
     """
 
-    def cut(boxes: Tensor, box: int, crop: int) -> Tensor:
-        return boxes[box][crops.index(crop)]
+    def cut(boxes: Tensor, some: list[tuple[int, int]]) -> Tensor:
+        return torch.stack([boxes[box][crops.index(crop)] for box, crop in some]).to(device)
 
     def denoiser(z: Tensor, gamma: Tensor) -> Tensor:
         pairs = list(itertools.product(range(len(z)), range(len(crops))))
@@ -176,14 +189,12 @@ def joint(
         mean = torch.zeros_like(z)
         for start in range(0, len(pairs), batch_size):
             some = pairs[start : start + batch_size]
-            boxes = torch.tensor([box for box, _ in some], device=z.device)
-            noisy = torch.stack([cut(z, *pair) for pair in some])
-            context = torch.stack([cut(condition, *pair) for pair in some])
-            means = denoise(noisy, gamma[boxes], context, boxes)
-            for (box, crop), x in zip(some, means, strict=True):
-                mean[box][crops.index(crop)] += crops.weight(crop).to(x) * x
-        if group is not None and group.world_size > 1:
-            mean = group.sum({"mean": mean})["mean"].to(z.device)
+            boxes = torch.tensor([box for box, _ in some])
+            means = denoise(cut(z, some), gamma[boxes].to(device), cut(condition, some), boxes)
+            for (box, crop), x in zip(some, means.to(z.device), strict=True):
+                mean[box][crops.index(crop)] += crops.weight(crop) * x
+        if group is not None:
+            mean = group.sum({"mean": mean})["mean"]
         return mean
 
     return denoiser

@@ -3,6 +3,9 @@
 A box is cut into tiles with halos as wide as the model's reach, so that every voxel is what it would be with
 the whole box in memory; opposite faces touch. Slabs of tiles are shared over ranks, and each is written as
 whole chunks. Before every tile the ranks agree whether to go on, so that none waits long for another.
+
+Families that draw all voxels of a box jointly (`GridObjective.crops`) have no such slabs: a draw is written
+when it is whole. Ranks share the crops of one draw, or, where a box is one crop, the draws.
 """
 
 import shutil
@@ -32,22 +35,24 @@ class PredictConfig(StrictModel):
     split: Split = "test"
     """Simulations to predict."""
     tile: Annotated[int, Field(ge=4)] = 64
-    """Side of the tiles [cells], which divides the mesh: more need more memory, less waste more on halos."""
+    """Side of the tiles [cells], which divides the mesh: more need more memory, less waste more on halos.
+    Models that draw whole boxes (vdm) are evaluated in tiles, where the truth is known; what they draw does
+    not depend on them."""
     halo: NonNegativeInt | None = None
     """Cells around a tile that are read with it. By default the model's reach, which makes tiles exact; a
     smaller halo is faster and leaves differences near the faces of tiles."""
     precision: Literal["fp32", "bf16"] = "fp32"
     samples: NonNegativeInt = 0
     """Draws of the counts to store beside their mean, as fields `galaxy_counts_sample_0` and so on; only for
-    models that have a distribution of them."""
+    models that have a distribution of them. Of models that give no mean, `galaxy_counts` is a draw too."""
     seed: NonNegativeInt = 0
-    """Of the draws. A voxel's draw depends on it, the simulation and the voxel, not on tiles or ranks."""
+    """Of the draws. They depend on it and the simulation, not on tiles or ranks."""
 
 
 def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     """Predict the boxes of a split; every rank calls it.
 
-    Called again on the same folder it does the slabs that are not yet there.
+    Called again on the same folder it does the slabs and draws that are not yet there.
 
     Parameters
     ----------
@@ -62,10 +67,11 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     Raises
     ------
     ValueError
-        where there is nothing to predict, the grids lack what the model reads, tiles do not fit the mesh, or
-        samples are asked of a model that gives means.
+        where there is nothing to predict, the grids lack what the model reads, tiles or crops do not fit the
+        mesh, or samples are asked of a model that gives means.
     hpc.ddp.Stopped
-        where a signal asked to stop, before the next tile; slabs that are done stay.
+        where a signal asked to stop, before the next tile or step of a draw; slabs and draws that are done
+        stay.
     """
     with ddp.group() as group, ddp.stop_requests() as stop:
         objective, checksum = load_model(inputs["model"][0])
@@ -83,7 +89,9 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         n_mesh = _n_mesh(boxes, objective)
         halo = objective.reach if config.halo is None else config.halo
         slabs = _slabs(tiles(n_mesh, config.tile, halo, objective.alignment))
-        thickness = slabs[0][0].shape[0]  # a slab is a layer of whole chunks
+        n_crops = objective.crops(n_mesh)
+        # A slab is a layer of whole chunks.
+        thickness = _chunk(n_mesh) if n_crops else slabs[0][0].shape[0]
         if n_mesh % thickness:
             sides = [n for n in range(4, n_mesh + 1) if not n_mesh % n and not n % objective.alignment]
             raise ValueError(
@@ -108,19 +116,35 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         group.barrier()
         store = open_store(path, mode="r+")
         objective.to(group.device)
-        prediction = _Prediction(objective, store, truth, group.device, config, parts)
-        items = [(box, number) for box in boxes for number in range(len(slabs))]
+        prediction = _Prediction(objective, store, truth, n_crops > 0, group.device, config, parts)
+        draws = [(box, number) for box in boxes for number in range(1 + config.samples if n_crops else 0)]
+        items = [
+            (box, number) for box in boxes for number in range(len(slabs) if truth or not n_crops else 0)
+        ]
         # As the main rank sees it: a file system may show the others less, and all must share alike.
-        missing = group.broadcast([n for n, item in enumerate(items) if not prediction.part(*item).exists()])
+        undrawn, missing = group.broadcast(
+            (
+                [item for item in draws if not prediction.drawn(*item).exists()],
+                [item for item in items if not prediction.part(*item).exists()],
+            )
+        )
+        total = len(draws) + len(items)
 
         def work() -> Iterator[None]:
-            done = len(items) - len(missing)
-            for n in missing[group.rank :: group.world_size]:
-                box, number = items[n]
+            done = total - len(undrawn) - len(missing)
+            together = group if n_crops > 1 else None
+            first, stride = (0, 1) if together else (group.rank, group.world_size)
+            for box, number in undrawn[first::stride]:
+                for share in prediction.draw(box, number, together):
+                    if group.is_main:
+                        progress.report(min(done + share * stride, total), total, box.name)
+                    yield
+                done += stride
+            for box, number in missing[group.rank :: group.world_size]:
                 yield from prediction.slab(box, number, slabs[number])
-                done = min(done + group.world_size, len(items))
+                done = min(done + group.world_size, total)
                 if group.is_main:
-                    progress.report(done, len(items), box.name)
+                    progress.report(done, total, box.name)
 
         mine, busy = work(), True
         while busy:
@@ -134,12 +158,14 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
 
 @dataclass(frozen=True)
 class _Prediction:
-    """What every slab needs to know."""
+    """What every slab and draw needs to know."""
 
     objective: GridObjective
     store: GridStore
     truth: bool
     """Whether the grids hold what is predicted, for metrics."""
+    joint: bool
+    """Whether boxes are drawn whole; slabs have metrics only."""
     device: torch.device
     config: PredictConfig
     parts: Path
@@ -148,8 +174,41 @@ class _Prediction:
         """What the metrics of a slab need; it is there when the slab is in the store."""
         return self.parts / f"{box.name}-{number:04d}.json"
 
+    def drawn(self, box: Box, number: int) -> Path:
+        """There when a draw of the whole box is in the store."""
+        return self.parts / f"{box.name}-{number:04d}.drawn"
+
+    def draw(self, box: Box, number: int, group: ddp.Group | None) -> Iterator[float]:
+        """Draw a whole box, with the share that is done before each step, and write it; the draw 0 is the
+        prediction itself."""
+        grids = box.open()
+        (tile,) = tiles(grids.n_mesh, grids.n_mesh, 0, 1)
+        batch = tile.batch(
+            {field: grids.array(field) for field in self.objective.inputs},
+            read_parameters(box, self.objective.simulation_parameters),
+        )
+        seed = np.random.SeedSequence([self.config.seed, *box.name.encode(), number])
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        drawing = self.objective.draw_boxes(batch, generator, group)
+        made: dict[str, Tensor] | float = 0.0
+        while isinstance(made, float):
+            yield made
+            with self._autocast():
+                made = next(drawing)
+        if group is not None and not group.is_main:
+            return
+        with durable.room_for(f"draw {number} of {box.name}", self.store.path):
+            for field in self.objective.outputs:
+                name = _sample_name(field.name, number - 1) if number else field.name
+                values = made[field.name][0].numpy()
+                self.store[box.name].write(name, values if field.components > 1 else values[0])
+            durable.write_json(self.drawn(box, number), {})
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def slab(self, box: Box, number: int, slab: Sequence[Tile]) -> Iterator[None]:
-        """Predict the tiles of a slab, with a pause before each, and write it."""
+        """Predict, or evaluate, the tiles of a slab, with a pause before each, and write what comes of it."""
         objective, config = self.objective, self.config
         grids = box.open()
         n_mesh = grids.n_mesh
@@ -158,7 +217,7 @@ class _Prediction:
         }
         parameters = read_parameters(box, objective.simulation_parameters)
         thickness = slab[0].shape[0]
-        outputs = (*objective.outputs, *_drawn(objective, config.samples))
+        outputs = () if self.joint else (*objective.outputs, *_drawn(objective, config.samples))
         planes = {
             field.name: np.empty((field.components, thickness, n_mesh, n_mesh), np.float32)
             for field in outputs
@@ -167,11 +226,11 @@ class _Prediction:
         for tile in slab:
             yield
             batch = to_device(tile.batch(meshes, parameters), self.device)
-            bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-            with torch.no_grad(), bf16:
+            with torch.no_grad(), self._autocast():
                 new, predicted = objective.evaluate(batch) if self.truth else ({}, {})
-                predicted = predicted or objective.predict(batch)
-                if config.samples:
+                if not self.joint:
+                    predicted = predicted or objective.predict(batch)
+                if config.samples and not self.joint:
                     uniforms = voxel_uniforms(
                         tile, n_mesh, (config.seed, *box.name.encode()), config.samples, self.device
                     )
@@ -290,6 +349,11 @@ def _slabs(blocks: Sequence[Tile]) -> list[list[Tile]]:
     for tile in blocks:
         slabs.setdefault(tile.origin[0], []).append(tile)
     return list(slabs.values())
+
+
+def _chunk(n_mesh: int) -> int:
+    """Side of the chunks of boxes that are written whole: the store's own where it divides the mesh."""
+    return max((side for side in range(4, 65) if not n_mesh % side), default=n_mesh)
 
 
 def _began(path: Path, checksum: str) -> bool:
