@@ -17,6 +17,7 @@ from galdist.grids.store import open_store
 from galdist.models import build, from_description
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
+from galdist.training.checkpoint import load_model
 from galdist.training.predict import PredictConfig, predict
 from galdist.training.train import TrainConfig, train
 
@@ -311,15 +312,21 @@ def test_a_trained_network_draws_from_wieners_posterior() -> None:
     np.testing.assert_allclose(variance, 1, atol=0.05)
 
 
-def test_the_stages_train_it_and_draw_from_it(tmp_path: Path) -> None:
+def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count, a vector and a mass; then the same stages with a formula in the network's place, in crops."""
     store = make_grids(tmp_path / "grids", n_mesh=8)
     config = {
         "model": {
             "name": "vdm",
+            "inputs": [{"field": "matter_counts", "normalization": []}],
+            "targets": [COUNTS, {"field": "momentum", "components": 3, "normalization": ["standardize"]}],
             "channels": [2, 3],
+            "attention": 0,
             "parameters": ["redshift"],
             "sampler": {"steps": 2},
             "schedule": {"kind": "monotone", "hidden": 8},
+            "crop": 4,
+            "overlap": 2,
         },
         "data": {"crop": 8, "crops_per_box": 4, "workers": 0, "tile": 8},
         "epochs": 1,
@@ -330,13 +337,39 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path) -> None:
     inputs["model"] = [tmp_path / "train"]
     predict(PredictConfig(samples=2), inputs, tmp_path / "predict")
     drawn = open_store(tmp_path / "predict" / "prediction.zarr")["box_3"]
-    fields = [drawn.read(name) for name in ("galaxy_counts_sample_0", "galaxy_counts_sample_1")]
-    assert not np.array_equal(*fields)
-    for counts in (*fields, drawn.read("galaxy_counts")):
-        assert counts.shape == store["box_3"].read("galaxy_counts").shape
-        assert np.array_equal(counts, np.maximum(counts.round(), 0))
+    names = [f"{field}{n}" for field in ("galaxy_counts", "momentum") for n in ("", "_sample_0", "_sample_1")]
+    assert drawn.fields == names
+    for name in names:
+        field = "momentum" if "momentum" in name else "galaxy_counts"
+        assert drawn.field(name).components == store["box_3"].field(field).components
+        assert drawn.read(name).shape == store["box_3"].read(field).shape
+        if field == "galaxy_counts":
+            assert np.array_equal(drawn.read(name), np.maximum(drawn.read(name).round(), 0))
+    for one, other in ((0, 1), (1, 2), (3, 4), (4, 5)):
+        assert not np.array_equal(drawn.read(names[one]), drawn.read(names[other]))
     metrics = (tmp_path / "predict" / "metrics.json").read_text()
     assert all(term in metrics for term in ("prior", "reconstruction", "diffusion"))
+
+    def formula(
+        self: VariationalDiffusion, z: Tensor, gamma: Tensor, seen: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        return seen * torch.tensor([3.0, -1.0, 1.0, 2.0]).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(VariationalDiffusion, "_denoise", formula)
+    predict(PredictConfig(), inputs, tmp_path / "formula")
+    drawn = open_store(tmp_path / "formula" / "prediction.zarr")["box_3"]
+    model = load_model(tmp_path / "train")[0]
+    assert isinstance(model, VariationalDiffusion)
+    noise = 4 * math.exp(model.schedule.first.item() / 2)  # in what is drawn, of unit variance
+    matter = store["box_3"].read("matter_counts")
+    counts, momentum = (part.transforms[0] for part in model.of_targets)  # type: ignore[union-attr, index]
+    for values, factor, normalized in (
+        (drawn.read("galaxy_counts"), 3.0, counts),
+        *((drawn.read("momentum")[n], factor, momentum) for n, factor in enumerate((-1.0, 1.0, 2.0))),
+    ):
+        expected = normalized.inverse(factor * torch.from_numpy(matter)).numpy()
+        off = values - (np.maximum(np.floor(expected), 0) if factor == 3.0 else expected)
+        assert np.mean(np.abs(off) > noise * normalized.std.item()) < 0.01
 
 
 def test_a_description_builds_the_same_model() -> None:
@@ -351,6 +384,8 @@ def test_what_does_not_fit_is_refused() -> None:
     data = batch(8)
     with pytest.raises(ValueError, match="'matter_counts' is given twice"):
         objective(targets=[{"field": "matter_counts"}])
+    with pytest.raises(ValueError, match=r"'momentum' is a vector.*\[standardize\]"):
+        objective(targets=[{"field": "momentum", "components": 3}])
     with pytest.raises(ValueError, match="builds on no other"):
         build(DiffusionConfig(channels=(2,)), [objective()])
     with pytest.raises(ValueError, match="has 3 components, not the 1"):

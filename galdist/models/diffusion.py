@@ -130,10 +130,16 @@ class DiffusionConfig(ModelConfig):
     """Crops that go through the network together when a box is drawn."""
 
     @model_validator(mode="after")
-    def _fields_once(self) -> "DiffusionConfig":
+    def _fields_can_be_learned(self) -> "DiffusionConfig":
         names = [entry.field for entry in (*self.inputs, *self.targets)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"field {twice[0]!r} is given twice; inputs and targets are different fields")
+        for entry in (*self.inputs, *self.targets):
+            if entry.components > 1 and "log1p" in entry.normalization:
+                raise ValueError(
+                    f"field {entry.field!r} is a vector, whose components may be negative, and log1p cannot "
+                    "take them: set its normalization to [standardize]"
+                )
         return self
 
 

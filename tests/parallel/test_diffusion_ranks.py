@@ -110,7 +110,8 @@ def test_two_ranks_train_as_one_does(grids: Path, alone: Path, tmp_path: Path) -
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def same(one: Path, other: Path) -> None:
+def same(one: Path, other: Path, how: str) -> None:
+    """Bitwise where boxes are one crop; else crops may be added in another order."""
     stores = [open_store(out / "prediction.zarr") for out in (one, other)]
     assert stores[0].names() == stores[1].names() == ["box_2", "box_3"]
     for name in stores[0]:
@@ -123,9 +124,11 @@ def same(one: Path, other: Path) -> None:
         assert stores[0][name].fields == stores[1][name].fields == fields
         for field in fields:
             first, second = (store[name].read(field) for store in stores)
-            if field.startswith("momentum"):
-                assert first.std() > 0.1
-                np.testing.assert_allclose(second, first, rtol=0, atol=1e-4 * first.std())
+            assert first.std() > 0
+            if how == "whole":
+                assert np.array_equal(first, second)
+            elif field.startswith("momentum"):
+                np.testing.assert_allclose(second, first, rtol=0, atol=1e-5 * first.std())
             else:  # one that lies within rounding of a step may change
                 assert np.mean(first != second) < 1e-3
     metrics = [
@@ -140,7 +143,7 @@ def test_ranks_draw_as_one_does(
     grids: Path, models: dict[str, Path], drawn: dict[str, Path], tmp_path: Path, how: str, n_ranks: int
 ) -> None:
     inputs = {"grids": [grids], "model": [models[how]]}
-    same(ran("predict", SETTINGS, inputs, tmp_path / "out", n_ranks), drawn[how])
+    same(ran("predict", SETTINGS, inputs, tmp_path / "out", n_ranks), drawn[how], how)
 
 
 @pytest.mark.parametrize("how", ["crops", "whole"])
@@ -161,4 +164,4 @@ def test_killed_ranks_keep_what_is_drawn(
     now = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.drawn")}
     assert len(now) == 4
     assert now.items() >= made.items()
-    same(out, drawn[how])
+    same(out, drawn[how], how)
