@@ -1,11 +1,15 @@
 """Small grid stores whose galaxies follow the matter, and ranks that train on them."""
 
 import errno
+import importlib
+import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +18,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from moments import Moment
+import torch
+from moments import Moment, arm
 
 from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store
 from hpc import durable, progress
@@ -99,23 +104,37 @@ def filled(disk: Path) -> Iterator[None]:
         ballast.unlink()
 
 
-_RANK = """
-import importlib, logging, os, sys
-from pathlib import Path
-import moments
-from hpc import durable
-logging.basicConfig(level=logging.INFO)
-spec = durable.read_json(sys.argv[1])
-for module in sys.argv[2:]:
-    importlib.import_module(module)
-from {module} import {function} as stage, {config} as Config
-inputs = {{role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}}
-moments.arm(Path(spec["out"]))
-try:
-    stage(Config(**spec["config"]), inputs, Path(spec["out"]))
-except SystemExit as stop:
-    os._exit(stop.code)  # at once, as under a launcher
-"""
+_FORKS = multiprocessing.get_context("forkserver")
+# Importing torch takes longer than most of what a rank is asked to do.
+_FORKS.set_forkserver_preload(
+    ["galdist.training.train", "galdist.training.predict", "galdist.training.sample"]
+)
+
+
+def _rank(
+    stage: str, spec_path: Path, modules: Sequence[str], environment: dict[str, str], log: Path, leader: int
+) -> None:
+    """What a rank does, in the process group of the rank ``leader``, or its own where that is 0."""
+    os.setpgid(0, leader)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)  # OMP_NUM_THREADS has been read before
+    logging.basicConfig(level=logging.INFO)
+    spec = durable.read_json(spec_path)
+    for module in modules:
+        importlib.import_module(module)
+    function = getattr(importlib.import_module(f"galdist.training.{stage}"), stage)
+    inputs = {role: [Path(step) for step in steps] for role, steps in spec["inputs"].items()}
+    arm(Path(spec["out"]))
+    config = typing.get_type_hints(function)["config"]
+    try:
+        function(config(**spec["config"]), inputs, Path(spec["out"]))
+    except SystemExit as stop:
+        sys.stderr.flush()
+        os._exit(stop.code)  # at once, as under a launcher
 
 
 class Ranks:
@@ -136,13 +155,10 @@ class Ranks:
         spec = out.parent / f"{out.name}-spec.json"
         steps = {role: [str(step) for step in folders] for role, folders in inputs.items()}
         durable.write_json(spec, {"config": config, "inputs": steps, "out": str(out)})
-        code = _RANK.format(
-            module=f"galdist.training.{stage}", function=stage, config=f"{stage.title()}Config"
-        )
         port = free_port()
         self.log = out.parent / f"{out.name}-log.txt"
         self.progress = out.parent / f"{out.name}-progress.json"
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[multiprocessing.context.ForkServerProcess] = []
         for rank in range(n_ranks):
             environment = os.environ | {
                 "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
@@ -155,16 +171,18 @@ class Ranks:
                 progress.VARIABLE: str(self.progress),
                 **(at.environment() if at else {}),
             }
-            with open(self.log, "ab") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-c", code, str(spec), *modules],
-                        env=environment,
-                        stdout=log,
-                        stderr=log,
-                        process_group=self.processes[0].pid if self.processes else 0,
-                    )
-                )
+            leader = self.processes[0].pid if self.processes else 0
+            arguments = (stage, spec, tuple(modules), environment, self.log, leader)
+            process = _FORKS.Process(target=_rank, args=arguments)
+            process.start()
+            self.processes.append(process)
+            self._wait_for_its_group(process.pid)
+
+    def _wait_for_its_group(self, pid: int) -> None:
+        """Where signals will reach it."""
+        with suppress(ProcessLookupError):  # it has ended already
+            while os.getpgid(pid) != self.processes[0].pid:
+                time.sleep(0.001)
 
     def __enter__(self) -> "Ranks":
         return self
@@ -173,11 +191,14 @@ class Ranks:
         with suppress(ProcessLookupError):
             self.signal_all(signal.SIGKILL)
         for process in self.processes:
-            process.wait()
+            process.join()
 
     def wait(self, timeout: float = 300) -> list[int]:
         """Exit statuses, in order of rank."""
-        return [process.wait(timeout) for process in self.processes]
+        for process in self.processes:
+            process.join(timeout)
+            assert process.exitcode is not None, f"does not end in {timeout:g} s:\n{self.log.read_text()}"
+        return [process.exitcode for process in self.processes]
 
     def succeed(self) -> None:
         """Wait for all ranks to end well."""
@@ -188,7 +209,7 @@ class Ranks:
         deadline = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()
-            assert all(process.poll() is None for process in self.processes), self.log.read_text()
+            assert all(process.is_alive() for process in self.processes), self.log.read_text()
             time.sleep(0.002)
 
     def wait_until_stopped(self) -> None:
