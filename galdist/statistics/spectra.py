@@ -41,9 +41,10 @@ from pydantic import Field as Constraint
 from pydantic import field_validator
 
 from galdist.config import StrictModel
-from galdist.grids.store import Assignment, GridStore, SimulationGrids, Split, open_store
+from galdist.grids.store import Assignment, GridStore, SimulationGrids, Split, open_store, unknown_name
 from galdist.statistics import require_nbodykit
 from galdist.statistics.metrics import MetricRow, metric_row, save_metrics
+from galdist.statistics.response import check_parameters, responses
 from hpc import durable, mpi, progress
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,9 @@ class SpectraConfig(StrictModel):
     """Wavenumbers [h/Mpc] over which r and T are averaged for the table of results."""
     power_bands: Annotated[tuple[Band, ...], Constraint(min_length=1)] = ((0.3, 1.0), (1.0, 3.0))
     """Wavenumbers [h/Mpc] over which the ratio of powers is averaged."""
+    response: tuple[str, ...] = ()
+    """Parameters of the simulations, such as A_SN1 and sigma_8, along which the change of the number of
+    galaxies and of the power in `power_bands` is measured; needs two boxes more than there are parameters."""
 
     @field_validator("band", "power_bands")
     @classmethod
@@ -105,17 +109,25 @@ def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) 
     galdist.statistics.MissingEngine
         where nbodykit is not installed.
     ValueError
-        for inputs that do not belong together, bands without modes, or a truth without galaxies.
+        for inputs that do not belong together, bands without modes, boxes that do not determine a response,
+        or a truth without galaxies.
     """
     require_nbodykit()
     comm = mpi.world()
     samples = match(inputs, config.field, config.split, config.matter)
     for sample in samples:
         _check_bands(config, sample.name, sample.grids)
+    parameters = _parameters(config, samples)
     simulations = measure_each(samples, out, lambda sample: _measure(sample, out / "spectra" / sample.name))
     if comm.rank == 0:
         durable.write_json(out / FILE, {"simulations": simulations})
-        save_metrics(out, _rows(config, load_spectra(out)["simulations"]))
+        found = load_spectra(out)["simulations"]
+        rows = _rows(config, found)
+        if parameters:
+            response = _response(config, parameters, list(found.values()))
+            durable.write_json(out / FILE, {"simulations": simulations, "response": plain(response)})
+            rows += _response_rows(config, response)
+        save_metrics(out, rows)
         progress.report(len(samples), len(samples))
     comm.barrier()
 
@@ -153,6 +165,9 @@ def load_spectra(step: str | Path) -> dict[str, Any]:
     ``shot_noise`` (V/N), ``shot_noise_power`` (what it adds to each bin of ``power``), ``n`` (sum of the
     field); ``cross``: label -> ``power`` with the truth, ``r``, ``r_error``, ``r_subtracted``,
     ``transfer``, ``transfer_error``, ``transfer_subtracted``. Undefined values are NaN.
+
+    Where a `response` was asked for, ``response``: ``parameters`` and ``quantities``: ``n`` and
+    ``power/k<low>-<high>`` -> what `galdist.statistics.response.responses` gives.
     """
     result: dict[str, Any] = arrays(durable.read_json(Path(step) / FILE))
     return result
@@ -739,6 +754,56 @@ def rows_over_boxes(
             scatter = float(np.std([value for value, _ in boxes], ddof=1))
             rows.append(metric_row(metric, split, mean, scatter / math.sqrt(len(boxes))))
     return rows
+
+
+def _parameters(config: SpectraConfig, samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Those of the response in each simulation."""
+    parameters: dict[str, list[float]] = {name: [] for name in config.response}
+    for sample in samples:
+        attrs = sample.grids.attrs
+        known = attrs.cosmology | attrs.astrophysics
+        for name, values in parameters.items():
+            if name not in known:
+                raise ValueError(f"response: {sample.name}: {unknown_name('parameter', name, list(known))}")
+            values.append(known[name])
+    if parameters:
+        check_parameters(parameters)
+    return parameters
+
+
+def _response(
+    config: SpectraConfig, parameters: Mapping[str, Sequence[float]], boxes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Slopes of numbers, and of powers without shot noise, of what is in every box."""
+    labels = [label for label in boxes[0]["fields"] if all(label in box["fields"] for box in boxes)]
+    quantities = {
+        "n": {label: [box["fields"][label]["n"] for box in boxes] for label in labels if label != MATTER}
+    }
+    for low, high in config.power_bands:
+        inside = [(box["k"] >= low) & (box["k"] < high) for box in boxes]
+        quantities[f"power/k{low:g}-{high:g}"] = {
+            label: [
+                float((field["power"] - field["shot_noise_power"])[band].mean())
+                for band, field in zip(inside, (box["fields"][label] for box in boxes), strict=True)
+            ]
+            for label in labels
+        }
+    return {
+        "parameters": list(parameters),
+        "quantities": {name: responses(parameters, values, TRUTH) for name, values in quantities.items()},
+    }
+
+
+def _response_rows(config: SpectraConfig, response: Mapping[str, Any]) -> list[MetricRow]:
+    kinds = {"response": ("slope", "error"), "response_difference": ("difference", "difference_error")}
+    return [
+        metric_row(f"{metric}/{label}/{quantity}/{parameter}", config.split, value, error)
+        for quantity, labels in response["quantities"].items()
+        for label, found in labels.items()
+        for metric, (slope, scatter) in kinds.items()
+        if slope in found
+        for parameter, value, error in zip(response["parameters"], found[slope], found[scatter], strict=True)
+    ]
 
 
 def _summary(config: SpectraConfig, result: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:

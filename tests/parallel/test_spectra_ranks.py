@@ -360,6 +360,43 @@ def test_metrics_say_how_well_each_prediction_correlates(measured):
     assert rows["n/hod", "box"]["value"] > rows["n/truth", "box"]["value"]
 
 
+def test_response_to_parameters_is_that_of_the_fields(mpirun, tmp_path):
+    """Numbers as A_SN1^-0.5, powers as sigma_8^2; the prediction knows nothing of A_SN1."""
+    rng = np.random.default_rng(0)
+    feedback, amplitude = np.exp(rng.normal(size=(2, 6)) * 0.3)
+    attrs = [
+        SimulationAttrs(
+            name=f"box{i}", box_size=BOX, redshift=0, suite="mock", split="test",
+            cosmology={"sigma_8": amplitude[i]}, astrophysics={"A_SN1": feedback[i]},
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    columns = [Field(name="galaxy_counts", dtype="float64")]
+    truth = create_store(tmp_path / "grids" / "grids.zarr", attrs, columns, N_MESH)
+    blind = create_store(tmp_path / "predictions" / "blind" / "prediction.zarr", attrs, columns, N_MESH)
+    for i, one in enumerate(attrs):
+        field = waves(0.1 * amplitude[i])
+        truth[one.name].write("galaxy_counts", 2 * field * feedback[i] ** -0.5)
+        blind[one.name].write("galaxy_counts", 3 * field)
+    band = (0.9, 1.1)  # that of the wave
+    given = {"matter": None, "response": ("A_SN1", "sigma_8"), "band": band, "power_bands": (band,)}
+    mpirun(2, run_stage, tmp_path, tmp_path / "out", given)
+    rows = {row["metric"]: (row["value"], row["error"]) for row in load_metrics(tmp_path / "out")}
+    expected = {
+        ("truth", "n"): (-0.5, 0), ("blind", "n"): (0, 0),
+        ("truth", "power/k0.9-1.1"): (0, 2), ("blind", "power/k0.9-1.1"): (0, 2),
+    }  # fmt: skip
+    for (label, quantity), slopes in expected.items():
+        for parameter, slope in zip(("A_SN1", "sigma_8"), slopes, strict=True):
+            found = rows[f"response/{label}/{quantity}/{parameter}"]
+            np.testing.assert_allclose(found, (slope, 0), atol=1e-9)
+    np.testing.assert_allclose(rows["response_difference/blind/n/A_SN1"], (0.5, 0), atol=1e-9)
+    assert load_spectra(tmp_path / "out")["response"]["parameters"] == ["A_SN1", "sigma_8"]
+    for wrong, message in (("A_SN", "response: box0: parameter .A_SN. is not there; did you mean"), ("Omega_m", "parameter .Omega_m. is not there")):
+        with pytest.raises(ValueError, match=message):
+            run_stage(tmp_path, tmp_path / "wrong", given | {"response": (wrong,)})
+
+
 def test_an_empty_prediction_is_left_out_and_an_empty_truth_is_an_error(mpirun, tmp_path):
     empty, full = np.zeros((N_MESH,) * 3), waves(0.5)
     write_store(tmp_path / "a" / "grids" / "grids.zarr", {"galaxy_counts": full})
