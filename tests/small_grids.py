@@ -105,9 +105,10 @@ def filled(disk: Path) -> Iterator[None]:
 
 
 _FORKS = multiprocessing.get_context("forkserver")
-# Importing torch takes longer than most of what a rank is asked to do.
+# To import torch, and what the first optimizer imports, takes longer than most of what a rank is asked to do.
 _FORKS.set_forkserver_preload(
-    ["galdist.training.train", "galdist.training.predict", "galdist.training.sample"]
+    [f"galdist.training.{stage}" for stage in ("train", "predict", "sample")]
+    + ["torch._dynamo", "torch.utils.tensorboard"]
 )
 
 
