@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import yaml
+from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
 from run_fixture import HAS_SPECTRA
 from small_tables import make_tables
@@ -66,7 +67,7 @@ def _predict(
     )
     for start in store.starts(attrs.name):
         part = slice(start, start + store.chunk)
-        extrapolated = np.zeros(len(values[part]), bool)
+        extrapolated = truth.columns["log_stellar_mass"][part] > 10.8
         store.write(attrs.name, start, truth.row[part], values[part], draws[part], extrapolated)
 
 
@@ -146,7 +147,7 @@ def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path)
     assert re.findall(r"<h2>(.*?)</h2>", page) == headings
     figures = {"marginals", "joint", "calibration", "points", "points-others"}
     names = {"best", "best-others", "ks", "distances", "wasserstein", "between-draws", "proper-scores"}
-    names |= {"pinball", "coverage", "ranks", "points-1", "points-2", "points-3"}
+    names |= {"pinball", "range", "coverage", "ranks", "points-1", "points-2", "points-3"}
     if HAS_SPECTRA:
         kinds = ("residuals", "correlation", "cross", "confusion")
         figures |= {"tracers", *(f"tracer-{name}" for name in kinds)}
@@ -162,7 +163,7 @@ def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path)
 def test_scores_stand_beside_published_ones_and_the_noise_floor(page: str, run: Path) -> None:
     rows = {(r["label"], r["metric"], r["of"]): r for r in load_scores(run / "scores")["rows"]}
     groups, heads, *lines, floor, between = _cells(page, "Kolmogorov–Smirnov distances")
-    assert groups == ["", "log M∗", "g–i", "log M∗ and g–i, flat", "log M∗ and g–i, mean"]
+    assert groups == ["", "log₁₀ M∗", "g–i", "log₁₀ M∗ and g–i, flat", "log₁₀ M∗ and g–i, mean"]
     assert heads == ["Model", "ours", "ours", "published", "ours", "published", "ours"]
     table = {line[0]: line[1:] for line in lines}
     assert table["SQR joint"][2] == "0.00511"
@@ -187,7 +188,7 @@ def test_only_what_is_at_the_noise_floor_stands_out(page: str) -> None:
 
 
 def test_published_errors_stand_beside_those_of_draws(page: str, run: Path) -> None:
-    title = "Errors of single values: log M∗ and g–i"
+    title = "Errors of single values: log₁₀ M∗ and g–i"
     lines = [line for line in _cells(page, title) if line[0] == "SQR joint"]
     assert [line[1] for line in lines] == ["published", "ours, draws", "ours, best values"]
     assert lines[0][2:] == ["0.0474", "0.1655", "0.2178", "0.4709", "0.1324", "27.56", ""]
@@ -211,7 +212,7 @@ def test_every_metric_is_in_a_table(page: str, run: Path) -> None:
 
 
 def test_the_best_model_of_each_metric_and_who_is_as_good(page: str, run: Path) -> None:
-    heads, *lines = _cells(page, "Best models: log M∗ and g–i")
+    heads, *lines = _cells(page, "Best models: log₁₀ M∗ and g–i")
     assert heads == ["Score", "best", "value", "noise floor", "as good", "next", "worse by"]
     table = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
     assert "KS" not in table  # of one property
@@ -229,8 +230,28 @@ def test_the_best_model_of_each_metric_and_who_is_as_good(page: str, run: Path) 
     assert table["MSE, best values"]["as good"] == "Flow, 100% &amp; far_off"  # all are right
     assert table["MSE, best values"]["next"] == ""
     others = _cells(page, "Best models of other properties")
-    assert {line[0] for line in others[1:]} == {"log M∗", "g–i"}
-    assert ["log M∗", "CRPS", "Flow"] in [line[:3] for line in others]
+    assert {line[0] for line in others[1:]} == {"log₁₀ M∗", "g–i"}
+    assert ["log₁₀ M∗", "CRPS", "Flow"] in [line[:3] for line in others]
+
+
+def test_scores_inside_and_outside_of_the_training_range(page: str, run: Path) -> None:
+    groups, heads, *lines = _cells(page, "Inside and outside the training range")
+    assert groups == ["", "", "CRPS", "energy score", "coverage"]
+    properties = ["log₁₀ M∗ [dex]", "g–i [mag]", "log₁₀ M∗ and g–i", "log₁₀ M∗", "g–i"]
+    assert heads == ["Range", "halos", *properties]
+    assert [line[0] for line in lines] == ["inside"] * 4 + ["outside"] * 4
+    found = {(r["group"], r["label"], r["metric"], r["of"]): r for r in load_scores(run / "scores")["groups"]}
+    table = {(line[0], line[1]): line[2:] for line in lines}
+    for group in ("inside", "outside"):
+        for column, (metric, of) in enumerate(
+            [("crps", TARGETS[0]), ("crps", TARGETS[1]), ("energy_score", PAIR), ("coverage_0.9", TARGETS[0])]
+        ):
+            row = found[group, "Flow", metric, of]
+            numbers = table[group, "Flow"]
+            assert numbers[0] == str(row["n_rows"])
+            assert numbers[1 + column] == tables.measured(row["value"], row["error"])
+        assert table[group, "Mass"][2:4] == ["", ""]
+    assert 'aria-label="Scores of each simulation"' not in page  # there is one
 
 
 def test_without_published_figures_there_is_no_word_of_them(run: Path) -> None:
@@ -248,7 +269,7 @@ def test_figures_show_the_best_and_the_published_ones(page: str) -> None:
 def test_models_of_one_property_have_no_joint_density(run: Path) -> None:
     page = _report(run, "alone", models=["Mass"])
     assert "Joint density" not in page
-    assert "Single values: log M∗ of each model" in page
+    assert "Single values: log₁₀ M∗ of each model" in page
 
 
 def test_a_tracer_that_the_truth_has_not_is_in_no_figure() -> None:
@@ -262,7 +283,7 @@ def test_a_tracer_that_the_truth_has_not_is_in_no_figure() -> None:
 def test_models_that_are_not_there_are_named(run: Path) -> None:
     with pytest.raises(RunError, match=r"no label 'Flaw'; the run has SQR joint, Flow"):
         _report(run, "again", models=["Flaw"])
-    with pytest.raises(ValueError, match="nothing is known of 'tng'; there is tng300"):
+    with pytest.raises(ValueError, match="nothing is known of 'tng'; there is .*tng300"):
         ReportConfig(published="tng")
 
 
@@ -376,6 +397,8 @@ def test_latex_takes_every_saved_table(page: str, run: Path, tmp_path: Path) -> 
         (0.5, 1e-12, "0.50000 ± 0.00001"),
         (40640.2, None, "40640"),
         (0.12345, None, "0.1235"),
+        (0.7, None, "0.7000"),
+        (0.7, 0.02, "0.700 ± 0.020"),
         (float("nan"), 0.1, ""),
     ],
 )
@@ -398,6 +421,27 @@ def test_contours_hold_the_fractions_they_say() -> None:
     paths = [path for path in ax.collections[-1].get_paths() if len(path.vertices)]
     radii = sorted(np.median(np.hypot(*path.vertices.T)) for path in paths)
     np.testing.assert_allclose(radii, [0.994, 1.510, 2.448], rtol=0.03)
+
+
+def test_few_galaxies_are_dots_around_contours_without_islands() -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 300))
+    with plots.style():
+        _, (ax,) = plots.figure()
+        halo_plots.plot_joint(ax, (x, y), (x, y), PALETTE, "a", ("x", "y"))
+    assert [len(line.get_xdata()) for line in ax.lines] == [300, 300]
+    paths = [path for path in ax.collections[-1].get_paths() if len(path.vertices)]
+    assert len(paths) == 2  # 39 and 68%
+    for path in paths:
+        assert np.count_nonzero(path.codes == Outline.MOVETO) == 1
+
+
+def test_contours_close_where_the_truth_ends() -> None:
+    x, y = np.random.default_rng(0).uniform(size=(2, 5000))
+    with plots.style():
+        _, (ax,) = plots.figure()
+        halo_plots.plot_joint(ax, (x, y), (x + 0.2, y), PALETTE, "a", ("x", "y"))
+    for path in ax.collections[-1].get_paths():
+        assert not len(path.vertices) or np.count_nonzero(path.codes == Outline.CLOSEPOLY)
 
 
 def test_draws_far_from_the_truth_have_no_contours() -> None:
@@ -426,6 +470,21 @@ def test_coverage_of_a_calibrated_model_is_nominal_and_of_a_narrow_one_below() -
     assert below[0] == pytest.approx(100 * (490 / 890 - 49 / 51))
 
 
+@pytest.mark.parametrize("plot", [halo_plots.plot_ranks, halo_plots.plot_coverage])
+def test_frames_hold_what_is_badly_calibrated(plot: Any) -> None:
+    narrow = np.ones(51)
+    narrow[[0, -1]] = 2000
+    with plots.style():
+        _, (ax,) = plots.figure()
+        plot(ax, {"a": np.full(51, 80.0), "b": narrow}, 4049, PALETTE, "x")
+    low, high = ax.get_ylim()
+    drawn = [line.get_ydata() for line in ax.lines]
+    drawn += [patch.get_data().values for patch in ax.patches if hasattr(patch, "get_data")]
+    assert low < min(np.min(values) for values in drawn)
+    assert high > max(np.max(values) for values in drawn)
+    assert max(abs(low), high) > 5
+
+
 def test_rank_histograms_have_unit_mean_whatever_the_number_of_draws() -> None:
     with plots.style():
         _, (ax,) = plots.figure()
@@ -440,7 +499,7 @@ def test_marginals_are_densities_and_their_ratio_to_the_truth() -> None:
     truth, model = random.normal(size=20_000), random.normal(0.1, 1, 30_000)
     with plots.style():
         _, (ax,) = plots.figure(panel=halo_plots.TALL)
-        halo_plots.plot_marginal(ax, truth, {"a": model}, PALETTE, "x")
+        halo_plots.plot_marginal(ax, truth, {"a": model}, PALETTE, halo_plots.property_of("x"))
     density, edges, _ = ax.patches[1].get_data()
     assert np.sum(density * np.diff(edges)) == pytest.approx(1, abs=2e-3)
     found, _, _ = ax.patches[2].get_data()
@@ -448,6 +507,36 @@ def test_marginals_are_densities_and_their_ratio_to_the_truth() -> None:
     good = np.isfinite(ratio)
     np.testing.assert_allclose(ratio[good], found[good] / density[good])
     assert good.sum() > 20
+
+
+def test_frames_of_marginals_hold_models_that_peak_higher_and_elsewhere() -> None:
+    random = np.random.default_rng(0)
+    truth, model = random.normal(size=20_000), random.normal(4.5, 0.2, 20_000)
+    with plots.style():
+        _, (ax,) = plots.figure(panel=halo_plots.TALL)
+        halo_plots.plot_marginal(ax, truth, {"a": model}, PALETTE, halo_plots.property_of("log_ssfr"))
+    assert ax.get_ylim()[1] > ax.patches[2].get_data().values.max() > 1.5
+    assert ax.get_xlim()[1] > np.quantile(model, 0.998)
+    assert ax.get_ylabel() == "probability density [dex$^{-1}$]"
+    assert halo_plots.beyond(truth, {"a": model, "far": model + 90}) == {
+        "a": pytest.approx(0, abs=2e-3),
+        "far": 1,
+    }
+
+
+def test_properties_are_written_in_symbols() -> None:
+    assert halo_plots.property_of("log_metallicity").name == "log₁₀ Z∗"
+    assert halo_plots.property_of("log_v_max")[:2] == ("log₁₀ v max", r"$\log_{10}$ v max")
+    assert halo_plots.property_of("spin").unit == ""
+    assert tables.escape("log₁₀ M∗ [dex]") == r"$\log_{10}$ $M_\star$ [dex]"
+
+
+def test_the_signature_of_a_figure_is_as_wide_as_the_figure() -> None:
+    with plots.style():
+        figure, _ = plots.figure()
+        plots.sign(figure, "draws-of-some-model-seed1 01234567, " * 12)
+        figure.draw_without_rendering()
+        assert figure._supxlabel.get_window_extent().x1 < figure.bbox.x1
 
 
 def test_power_that_is_not_positive_is_left_out_and_the_ratio_is_relative() -> None:
@@ -471,7 +560,7 @@ def test_panels_below_others_are_within_the_figure() -> None:
     values = np.random.default_rng(0).normal(size=1000)
     with plots.style():
         figure, (ax,) = plots.figure(panel=halo_plots.TALL)
-        halo_plots.plot_marginal(ax, values, {"a": values}, PALETTE, "$x_y$")
+        halo_plots.plot_marginal(ax, values, {"a": values}, PALETTE, halo_plots.property_of("$x_y$"))
         plots.settle(figure)
         figure.draw_without_rendering()
     label = ax.child_axes[0].xaxis.label.get_window_extent()

@@ -3,6 +3,7 @@
 They have no legends of their own: what is drawn in one is drawn in many, and `plots.figure_key` is for all.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,33 +30,65 @@ _BINS = 50
 _RANKS = 20  # bars of a rank histogram
 _MASSES = (0.39, 0.68, 0.95)
 """Of the galaxies within the contours."""
+FEW = 1000
+"""Galaxies, of less than which a joint density shows each one."""
+_SHARP = 100_000  # galaxies whose joint density is blurred by one bin
 
 
 class Property(NamedTuple):
-    """What an axis is of."""
+    """How a property of galaxies is written."""
 
     name: str
-    """In words, for people and short heads: ``log M∗``."""
+    """In text and heads of tables: ``log₁₀ M∗``."""
+    symbol: str
+    """The same as a formula of matplotlib, without units."""
     label: str
     """Of an axis, with units."""
+    unit: str
+    """Of differences: ``dex``, ``mag``."""
+    measured_in: str
+    """What captions say of its units: ``M∗ in Msun/h``."""
 
 
 PROPERTIES = {
-    "log_stellar_mass": Property("log M∗", r"$\log_{10}\,(M_\star\,/\,h^{-1}\mathrm{M}_\odot)$"),
-    "color_gi": Property("g–i", r"$g - i$  [mag]"),
-    "log_ssfr": Property("log sSFR", r"$\log_{10}\,(\mathrm{sSFR}\,/\,h\,\mathrm{yr}^{-1})$"),
-    "log_radius": Property("log R", r"$\log_{10}\,(R_\star\,/\,h^{-1}\mathrm{kpc})$"),
+    "log_stellar_mass": Property(
+        "log₁₀ M∗",
+        r"$\log_{10} M_\star$",
+        r"$\log_{10}\,(M_\star\,/\,h^{-1}\mathrm{M}_\odot)$",
+        "dex",
+        "M∗ in Msun/h",
+    ),
+    "color_gi": Property("g–i", "$g - i$", "$g - i$  [mag]", "mag", ""),
+    "log_ssfr": Property(
+        "log₁₀ sSFR",
+        r"$\log_{10} \mathrm{sSFR}$",
+        r"$\log_{10}\,(\mathrm{sSFR}\,/\,h\,\mathrm{yr}^{-1})$",
+        "dex",
+        "sSFR in h/yr",
+    ),
+    "log_radius": Property(
+        "log₁₀ R∗",
+        r"$\log_{10} R_\star$",
+        r"$\log_{10}\,(R_\star\,/\,h^{-1}\mathrm{kpc})$",
+        "dex",
+        "R∗ in kpc/h",
+    ),
+    "log_metallicity": Property("log₁₀ Z∗", *[r"$\log_{10} Z_\star$"] * 2, "dex", ""),
 }
 
 
 def property_of(name: str) -> Property:
-    """How a column is called; those without a name of their own by their column's."""
-    words = name.replace("_", " ")
-    return PROPERTIES.get(name, Property(words, plain(words)))
+    """How a column is written; those without a symbol of their own by their column's name."""
+    if name in PROPERTIES:
+        return PROPERTIES[name]
+    words = name.removeprefix("log_").replace("_", " ")
+    if words == name.replace("_", " "):
+        return Property(words, plain(words), plain(words), "", "")
+    return Property(f"log₁₀ {words}", *[rf"$\log_{{10}}$ {plain(words)}"] * 2, "dex", "")
 
 
 def plot_marginal(
-    ax: Axes, truth: ArrayLike, models: Mapping[str, ArrayLike], palette: Palette, label: str
+    ax: Axes, truth: ArrayLike, models: Mapping[str, ArrayLike], palette: Palette, kind: Property
 ) -> None:
     """Distributions of one property, of truth (filled) and models, and below it their ratio to the truth's.
 
@@ -64,17 +97,17 @@ def plot_marginal(
     Parameters
     ----------
     truth, models : (n,) values.
-    label
-        of the horizontal axis.
+    kind
+        what they are of.
     """
     truth = np.asarray(truth, float)
-    edges = _edges(truth, [np.asarray(values, float) for values in models.values()])
+    edges = _bins(truth, [np.asarray(values, float) for values in models.values()])
     number = np.histogram(truth, edges)[0]
     scale = 1 / (len(truth) * np.diff(edges))
     density = number * scale
     ax.stairs(density, edges, fill=True, color=MATTER, alpha=0.28, linewidth=0)
     ax.stairs(density, edges, color=INK, linewidth=1.3)
-    below = _below(ax, label, "model / truth")
+    below = _below(ax, kind.label, "model / truth")
     relative = 1 / np.sqrt(np.maximum(number, 1))
     known = number >= _FEWEST
     below.fill_between(
@@ -82,21 +115,36 @@ def plot_marginal(
         step="post", color=MATTER, alpha=0.35, linewidth=0,
     )  # fmt: skip
     below.axhline(1, color=INK, linewidth=0.8)
+    top, reach = density.max(), 0.4
     for name, values in models.items():
         look = palette[name]
         found = np.histogram(np.asarray(values, float), edges)[0] / (len(np.asarray(values)) * np.diff(edges))
         ax.stairs(found, edges, baseline=None, color=look.color, linestyle=look.line, linewidth=1.2)
         ratio = np.divide(found, density, where=known, out=np.full(len(found), np.nan))
         below.stairs(ratio, edges, baseline=None, color=look.color, linestyle=look.line, linewidth=1.1)
-    below.set(ylim=(0.45, 1.55), yticks=(0.6, 1.0, 1.4))  # none at the ends, beside those of the other panel
-    ax.set(ylabel="probability density", xlim=(edges[0], edges[-1]))
+        top = max(top, found.max())
+        reach = max(reach, np.nanmax(np.abs(ratio - 1), initial=0))
+    reach = min(reach, 1.0)
+    below.set_ylim(1 - 1.1 * reach, 1 + 1.1 * reach)
+    # None at the ends, beside those of the other panel.
+    tick = 0.5 if reach > 0.6 else 0.3
+    below.set_yticks((1 - tick, 1, 1 + tick))
+    ax.set_ylabel("probability density" + (rf" [{kind.unit}$^{{-1}}$]" if kind.unit else ""))
+    ax.set_xlim(edges[0], edges[-1])
     below.set_xlim(edges[0], edges[-1])
     shown = density[number >= _FEWEST]
-    if shown.size and shown.max() > 100 * shown.min():
+    if shown.size and top > 100 * shown.min():
         ax.set_yscale("log")
-        ax.set_ylim(0.5 * shown.min(), 2.5 * density.max())
+        ax.set_ylim(0.5 * shown.min(), 2.5 * top)
     else:
-        ax.set_ylim(0, 1.15 * density.max())
+        ax.set_ylim(0, 1.1 * top)
+
+
+def beyond(truth: ArrayLike, models: Mapping[str, ArrayLike]) -> dict[str, float]:
+    """Fraction of each model's values (n,) that lie beside the frame of `plot_marginal`."""
+    values = {name: np.asarray(given, float) for name, given in models.items()}
+    low, *_, high = _bins(np.asarray(truth, float), list(values.values()))
+    return {name: float(np.mean((given < low) | (given > high))) for name, given in values.items()}
 
 
 _FEWEST = 20  # galaxies of a bin whose ratio is drawn: of fewer the error is larger than the panel
@@ -111,7 +159,7 @@ def plot_joint(
     labels: tuple[str, str],
 ) -> None:
     """Joint density of two properties: regions that hold 39, 68 and 95% of the true galaxies, filled, and
-    lines around as many of the model's.
+    lines around as many of the model's. Of less than `FEW` galaxies the 95% are left to dots, one a galaxy.
 
     Parameters
     ----------
@@ -119,17 +167,25 @@ def plot_joint(
     labels
         of the axes.
     """
-    edges = [_wider(_edges(np.asarray(axis, float), [])) for axis in truth]
+    # In two dimensions noise and blur are balanced where the width falls as n^(-1/6) (Scott 1992).
+    width = max(1.0, (_SHARP / len(np.asarray(truth[0]))) ** (1 / 6))
+    pairs = ([np.asarray(axis, float) for axis in both] for both in zip(truth, model, strict=True))
+    edges = [_wider(_edges(true, [drawn]), math.ceil(3 * width)) for true, drawn in pairs]
     centers = [0.5 * (one[1:] + one[:-1]) for one in edges]
-    true = _smooth(truth, edges)
-    drawn = _smooth(model, edges)
+    true, drawn = _smooth(truth, edges, width), _smooth(model, edges, width)
     top = true.max() * 2
-    for level, shade in zip(reversed(_levels(true)), (0.22, 0.32, 0.45), strict=True):
-        ax.contourf(*centers, true.T, levels=[level, top], colors=[MATTER], alpha=shade)
     look = palette[name]
-    widths = (0.9, 1.2, 1.5)
+    masses = _MASSES
+    if len(np.asarray(truth[0])) < FEW:
+        masses = _MASSES[:-1]
+        dots: dict[str, Any] = {"linestyle": "", "marker": ".", "markersize": 2.5, "markeredgewidth": 0}
+        ax.plot(*truth, color=MATTER, **dots)
+        ax.plot(*model, color=look.color, alpha=0.7, **dots)
+    for level, shade in zip(reversed(_levels(true, masses)), (0.22, 0.32, 0.45)[-len(masses) :], strict=True):
+        ax.contourf(*centers, true.T, levels=[level, top], colors=[MATTER], alpha=shade)
     if drawn.any():  # a model that has gone wrong may draw nothing near the truth
-        levels = np.unique(_levels(drawn))
+        levels = np.unique(_levels(drawn, masses))
+        widths = (0.9, 1.2, 1.5)[-len(levels) :]
         ax.contour(*centers, drawn.T, levels=levels, colors=[look.color], linewidths=widths)
     ax.set(
         title=plain(look.name), xlabel=labels[0], ylabel=labels[1],
@@ -160,10 +216,10 @@ def plot_ranks(ax: Axes, counts: Mapping[str, ArrayLike], n_rows: int, palette: 
     scatter = np.sqrt(n_groups / n_rows)
     ax.axhspan(1 - scatter, 1 + scatter, color=MATTER, alpha=0.35, linewidth=0)
     ax.axhline(1, color=INK, linewidth=0.8)
-    low, high = np.clip(ax.get_ylim(), 0.5, 1.6)  # what is worse need not be seen in full
+    low, high = ax.get_ylim()
     ax.set(
-        title=title, xlabel="rank of the truth among the draws", ylabel="frequency over uniform",
-        xlim=(0, 1), ylim=(min(low, 0.8), max(high, 1.2)),
+        title=title, xlabel="rank of the truth / draws", ylabel="frequency / uniform",
+        xlim=(0, 1), ylim=(max(0, min(low, 0.8)), max(high, 1.2)),
     )  # fmt: skip
 
 
@@ -180,7 +236,7 @@ def plot_coverage(
         level, covered = _coverage(np.asarray(values, float))
         look = palette[name]
         ax.plot(100 * level, 100 * (covered - level), color=look.color, linestyle=look.line, linewidth=1.3)
-    low, high = np.clip(ax.get_ylim(), -8, 8)
+    low, high = ax.get_ylim()
     ax.set(
         title=title, xlabel="nominal coverage [%]", ylabel="coverage – nominal [%]",
         xlim=(0, 100), ylim=(min(low, -2), max(high, 2)),
@@ -190,7 +246,7 @@ def plot_coverage(
 def plot_points(ax: Axes, truth: ArrayLike, predicted: ArrayLike, title: str, label: str) -> None:
     """Best single values against true ones, as numbers of galaxies on a log scale; dashed: equal."""
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
-    low, high = _edges(truth, [])[[0, -1]]
+    low, high = _edges(truth, [predicted])[[0, -1]]
     number = np.histogram2d(truth, predicted, bins=90, range=[[low, high]] * 2)[0]
     shown = ax.imshow(
         np.where(number > 0, number, np.nan).T,
@@ -198,7 +254,7 @@ def plot_points(ax: Axes, truth: ArrayLike, predicted: ArrayLike, title: str, la
         norm=LogNorm(1, max(number.max(), 10)), cmap=mpl.colormaps["viridis"],
     )  # fmt: skip
     ax.axline((low, low), slope=1, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-    ax.set_title(plain(title), fontsize=9)
+    ax.set_title(title, fontsize=9)
     ax.set(xlabel=f"true {label}", ylabel=f"predicted {label}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
@@ -232,16 +288,19 @@ def plot_tracer_power(
     relative = np.where(positive, truth.error / np.where(positive, value, 1), np.nan)
     below.fill_between(k, -relative, relative, color=MATTER, alpha=0.35, linewidth=0)
     below.axhline(0, color=INK, linewidth=0.8)
-    for name, power in models.items():
+    low, high = value[positive].min(initial=np.inf), value[positive].max(initial=0)
+    lowest = 0.1 * low  # a power may be next to nothing after shot noise is taken away
+    for name, given in models.items():
         look = palette[name]
-        power = np.asarray(power, float)
+        power = np.asarray(given, float)
         drawn: dict[str, Any] = {"color": look.color, "linestyle": look.line, "linewidth": 1.2}
         ax.plot(k, np.where(power > 0, power, np.nan), **drawn)
         below.plot(k, np.where(positive, power / np.where(positive, value, 1) - 1, np.nan), **drawn)
+        low, high = min(low, power[power > 0].min(initial=low)), max(high, np.nanmax(power, initial=high))
     ax.set_title(title, fontsize=9)
     ax.set(xscale="log", yscale="log", ylabel=r"$P(k)\ \ [h^{-3}\,\mathrm{Mpc}^{3}]$")
     if positive.any():
-        ax.set_ylim(0.4 * value[positive].min(), 2.5 * value[positive].max())
+        ax.set_ylim(0.4 * max(low, lowest), 2.5 * high)
         decimal_ticks(ax.yaxis, np.divide(*ax.get_ylim()[::-1]))
     below.set_xscale("log")
     below.set(ylim=(-0.5, 0.5), yticks=(-0.3, 0.0, 0.3))
@@ -352,21 +411,26 @@ def _wavenumbers(axes: Sequence[Axes], k: Array, band: tuple[float, float]) -> N
         decimal_ticks(ax.xaxis, k[-1] / k[0])
 
 
-def _edges(truth: Array, others: Sequence[Array]) -> Array:
-    """Bins over nearly all true values, and nearly all of the others unless these lie far off."""
+def _edges(truth: Array, others: Sequence[Array], bins: int = _BINS) -> Array:
+    """``bins`` over nearly all true values, and on over nearly all of the others unless these lie far off."""
     low, high = np.quantile(truth, (0.0005, 0.9995))
-    width = high - low
-    for values in others:
-        ends = np.quantile(values, (0.002, 0.998))
-        low = max(min(low, float(ends[0])), low - 0.15 * width)
-        high = min(max(high, float(ends[1])), high + 0.15 * width)
-    return np.linspace(low, high, _BINS + 1)
+    width = (high - low) / bins
+    ends = np.array([np.quantile(values, (0.002, 0.998)) for values in others]).reshape(-1, 2)
+    reach = np.array([low - ends[:, 0].min(initial=low), ends[:, 1].max(initial=high) - high])
+    before, after = np.minimum(np.ceil(reach / width), bins // 2)
+    return np.asarray(low + width * np.arange(-before, bins + after + 1))
 
 
-def _wider(edges: Array) -> Array:
-    """Bins of about the same width with empty ones around, so that contours close."""
-    margin = 0.06 * (edges[-1] - edges[0])
-    return np.linspace(edges[0] - margin, edges[-1] + margin, len(edges) + 6)
+def _bins(truth: Array, others: Sequence[Array]) -> Array:
+    """The same for a histogram of one property: of few galaxies fewer bins (Rice's rule)."""
+    return _edges(truth, others, min(_BINS, round(2 * len(truth) ** (1 / 3))))
+
+
+def _wider(edges: Array, margin: int) -> Array:
+    """The same bins, and empty ones around, so that contours close."""
+    width = edges[1] - edges[0]
+    before, after = edges[0] - width * np.arange(margin, 0, -1), edges[-1] + width * np.arange(1, margin + 1)
+    return np.concatenate([before, edges, after])
 
 
 def _steps(values: Array) -> Array:
@@ -374,16 +438,17 @@ def _steps(values: Array) -> Array:
     return np.append(values, values[-1])
 
 
-def _smooth(columns: tuple[ArrayLike, ArrayLike], edges: Sequence[Array]) -> Array:
-    number = np.histogram2d(np.asarray(columns[0], float), np.asarray(columns[1], float), bins=list(edges))[0]
-    return np.asarray(gaussian_filter(number, 1.0))
+def _smooth(columns: tuple[ArrayLike, ArrayLike], edges: Sequence[Array], width: float) -> Array:
+    """Number of galaxies in bins, blurred by so many bins."""
+    x, y = (np.asarray(column, float) for column in columns)
+    return np.asarray(gaussian_filter(np.histogram2d(x, y, bins=list(edges))[0], width))
 
 
-def _levels(density: Array) -> list[float]:
-    """Densities above which `_MASSES` of the galaxies are, falling."""
+def _levels(density: Array, masses: Sequence[float]) -> list[float]:
+    """Densities above which ``masses`` of the galaxies are, falling."""
     ordered = np.sort(density.ravel())[::-1]
     held = np.cumsum(ordered) / ordered.sum()
-    return [float(ordered[min(int(np.searchsorted(held, mass)), len(ordered) - 1)]) for mass in _MASSES]
+    return [float(ordered[min(int(np.searchsorted(held, mass)), len(ordered) - 1)]) for mass in masses]
 
 
 def _coverage(counts: Array) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from galdist.report.published import Published
 from galdist.report.tables import Cell, Row, Table, measured, save_latex
 from galdist.run import Run, RunError, Step
 from galdist.statistics.scores import FILE as SCORES
-from galdist.statistics.scores import Comparison, ScoreRow, load_scores
+from galdist.statistics.scores import Comparison, GroupRow, ScoreRow, load_scores
 from galdist.statistics.tracer_spectra import FILE as TRACERS
 from galdist.statistics.tracer_spectra import load_tracers
 
@@ -67,6 +67,7 @@ class Scores:
         self.comparisons: dict[tuple[str, str], Comparison] = {
             (one["metric"], one["of"]): one for one in found["comparisons"]
         }
+        self.groups: list[GroupRow] = found["groups"]
         self.ranks = {(one["label"], one["of"]): np.array(one["counts"], float) for one in found["ranks"]}
 
     def row(self, label: str, metric: str, of: str) -> ScoreRow | None:
@@ -250,7 +251,7 @@ class _Populations:
     def _marginals(self, artist: Artist, prefix: str) -> Block:
         from galdist.report import halo_plots
 
-        panels = []
+        panels, beyond = [], []
         for name in self.scores.properties:
             models = {label: draws.of(name) for label, draws in self._holders(name).items()}
             kind = halo_plots.property_of(name)
@@ -258,9 +259,13 @@ class _Populations:
             def draw(
                 ax: "Axes", palette: "Palette", name: str = name, models: Mapping[str, Any] = models
             ) -> None:
-                label = halo_plots.property_of(name).label
-                halo_plots.plot_marginal(ax, self._true(name), models, palette, label)
+                halo_plots.plot_marginal(ax, self._true(name), models, palette, halo_plots.property_of(name))
 
+            beyond += [
+                f"{100 * part:.0f}% of {kind.name}, {label}"
+                for label, part in halo_plots.beyond(self._true(name), models).items()
+                if part >= 0.01
+            ]
             distances = ", ".join(
                 f"{label} {_value(row)}" for label in models if (row := self.scores.row(label, "ks", name))
             )
@@ -273,8 +278,9 @@ class _Populations:
             )
         caption = (
             f"Distribution of each property of {self._who}: truth (filled), and one draw a halo of each "
-            "model. "
-            "Below: over the truth; the band is the Poisson error of its bins."
+            f"model{_in_units(self.scores.properties)}. Below: over the truth, to 2 at most, where there are "
+            "20 true galaxies in a bin; the band is their Poisson error."
+            + (f" Beside the frame: {'; '.join(beyond)}." if beyond else "")
         )
         return artist.block(
             f"{prefix}marginals", "Marginal distributions", caption, panels, self._sources(),
@@ -316,10 +322,13 @@ class _Populations:
         self, artist: Artist, name: str, pair: Sequence[str] | None, panels: Sequence[Panel], columns: int
     ) -> Block:
         which = f"{_set_name('+'.join(pair))}" if pair else "the other pairs of properties"
+        from galdist.report.halo_plots import FEW
+
+        few = self.scores.n_rows < FEW
         caption = (
-            f"Joint density of {which} of {self._who}. Filled: the regions that hold 39, 68 and 95% of "
-            "the true "
-            "galaxies; lines: those of one draw a halo of each model."
+            f"Joint density of {which} of {self._who}. Filled: the regions that hold "
+            f"{'39 and 68%' if few else '39, 68 and 95%'} of the true galaxies; lines: those of one draw "
+            f"a halo of each model.{' Dots: single galaxies, gray the true ones.' if few else ''}"
         )
         title = f"Joint density of {which}"
         return artist.block(name, title, caption, panels, self._sources(), size=(2.7, 2.6), columns=columns)
@@ -340,7 +349,7 @@ class _Populations:
                 }
                 if counts:
                     kind = halo_plots.property_of(name)
-                    draw = partial(_calibrate, plot, counts, self.scores.n_rows, kind.name)
+                    draw = partial(_calibrate, plot, counts, self.scores.n_rows, kind.symbol)
                     panels.append(Panel(draw, f"{words} of {kind.name}, {', '.join(counts)}."))
         if not panels:
             return None
@@ -353,7 +362,7 @@ class _Populations:
         columns = len(panels) // 2
         return artist.block(
             f"{prefix}calibration", "Calibration", caption, panels, [self.scores.step],
-            size=(2.9, 2.6), columns=columns, key=self.labels,
+            size=halo_plots.TRACER, columns=columns, key=self.labels,
         )  # fmt: skip
 
     def _points(self, artist: Artist, prefix: str) -> Iterator[Block]:
@@ -383,11 +392,12 @@ class _Populations:
 
     def _point(self, label: str, name: str) -> Panel:
         from galdist.report import halo_plots
+        from galdist.report.plots import plain
 
         kind = halo_plots.property_of(name)
         said = [
-            f"{_POINT[metric]} {row['value']:.3g}"
-            for metric in ("rmse", "r2")
+            words.format(row["value"])
+            for metric, words in (("rmse", f"RMSE {{:#.3g}} {kind.unit}".strip()), ("r2", "R² {:.3f}"))
             if (row := self.scores.row(label, metric, name)) is not None
         ]
 
@@ -395,7 +405,7 @@ class _Populations:
             del palette
             halo_plots.plot_points(
                 ax, self._true(name), self.draws[label].of(name, point=True),
-                ", ".join([label, *said]), kind.label,
+                ", ".join([plain(label), *said]).replace("R²", "$R^2$"), kind.label,
             )  # fmt: skip
 
         return Panel(draw, f"{kind.name}: best single value of {label} against truth. {', '.join(said)}.")
@@ -456,9 +466,9 @@ def _score_tables(scores: Scores, published: Published | None, prefix: str) -> l
         ),
         _table(
             scores, published, f"{prefix}wasserstein", "Wasserstein distances",
-            f"Wasserstein distance, in units of the property, {units} and sliced, and two-dimensional KS "
+            f"Wasserstein distance, {units} and sliced, and two-dimensional KS "
             f"distance after Fasano & Franceschini (1987) of one draw a halo from the truth. {floor}",
-            [(_short_name(name), "wasserstein", name) for name in names]
+            [(_with_unit(name), "wasserstein", name) for name in names]
             + [(_set_name(of), "wasserstein", of) for of in sets]
             + [(f"{_set_name(of)}, 2-D KS", "ks_fasano_franceschini", of) for of in scores.joints],
             folded=True,
@@ -471,11 +481,13 @@ def _score_tables(scores: Scores, published: Published | None, prefix: str) -> l
         ),
         _table(
             scores, published, f"{prefix}proper-scores", "CRPS and energy scores",
-            f"CRPS of each property, in its units, and energy score, {units}: means over halos of all "
+            f"CRPS of each property{_in_units(names)}, and energy score, {units}: means over halos of all "
             f"draws, lower is better. Bold: the lowest. {_ERRORS}",
-            [(_short_name(name), "crps", name) for name in names]
+            [(_with_unit(name), "crps", name) for name in names]
             + [(_set_name(of), "energy_score", of) for of in sets],
         ),
+        _group_table(scores, "range", f"{prefix}range", "Inside and outside the training range"),
+        _group_table(scores, "simulation", f"{prefix}simulations", "Scores of each simulation"),
         _pinball_table(scores, f"{prefix}pinball"),
         _table(
             scores, published, f"{prefix}coverage", "Calibration",
@@ -551,6 +563,56 @@ def _best_row(scores: Scores, metric: str, of: str, found: Comparison) -> Row:
     return Row(_set_name(of), tuple(map(Cell, texts)), _COMPARED[metric])
 
 
+def _group_table(scores: Scores, kind: str, name: str, title: str) -> Table:
+    """CRPS, energy scores and the coverage of the widest interval of each group of rows; a line a label."""
+    names = scores.properties
+    found = [row for row in scores.groups if row["kind"] == kind]
+    interval = max((row["metric"] for row in found if row["metric"].startswith("coverage")), default="")
+    columns = [
+        *((_with_unit(of), "crps", of) for of in names),
+        *((_set_name(of), "energy_score", of) for of in scores.sets() if len(names) > 1),
+        *((_short_name(of), interval, of) for of in names),
+    ]
+    nominal = float(interval.partition("_")[2] or 0)
+    values: dict[tuple[str, str], dict[tuple[str, str], GroupRow]] = {}
+    for row in found:
+        of = "all" if row["of"] in ("joint", "union") else row["of"]
+        values.setdefault((row["group"], row["label"]), {})[row["metric"], of] = row
+    rows = []
+    for group in dict.fromkeys(group for group, _ in values):
+        cells = {
+            label: [_group_cell(row.get((metric, of)), nominal) for _, metric, of in columns]
+            for (other, label), row in values.items()
+            if other == group
+        }
+        for row in _strongest(cells):
+            n_rows = next(iter(values[group, row.head].values()))["n_rows"]
+            rows.append(Row(group, (Cell(str(n_rows)), *row.cells), row.head))
+    what = {
+        "range": "the halos inside and outside the range of the inputs that each model was trained on",
+        "simulation": "the halos of each simulation",
+    }[kind]
+    caption = (
+        f"CRPS{_in_units(names)}, energy score, of several properties in units of each one's standard "
+        f"deviation, and coverage of the central {nominal:.0%} intervals, of {what}. Bold: the lowest, "
+        f"and the coverage nearest to {nominal:g}. {_ERRORS} Neither "
+        "knows of the scatter between simulations."
+    )
+    spans = [("", 1), ("CRPS", len(names)), ("energy score", len(columns) - 2 * len(names))]
+    groups = (*(span for span in spans if span[1]), ("coverage", len(names)))
+    head = "Range" if kind == "range" else "Simulation"
+    heads = (head, "halos", *(column[0] for column in columns))
+    return Table(name, title, caption, heads, tuple(rows), groups=groups, folded=kind == "simulation")
+
+
+def _group_cell(row: GroupRow | None, nominal: float) -> tuple[str, float | None]:
+    """What is shown, and what is the less the better."""
+    if row is None:
+        return "", None
+    covers = row["metric"].startswith("coverage")
+    return _value(row), abs(row["value"] - nominal) if covers else row["value"]
+
+
 def _pinball_table(scores: Scores, name: str) -> Table:
     """A line for each label and property, a column for each level."""
     metrics = list(dict.fromkeys(m for of in scores.properties for m in scores.metrics("pinball_", of)))
@@ -563,10 +625,10 @@ def _pinball_table(scores: Scores, name: str) -> Table:
         for of in scores.properties
     }
     rows = [
-        Row(_short_name(of), row.cells, row.head) for of, found in cells.items() for row in _strongest(found)
+        Row(_with_unit(of), row.cells, row.head) for of, found in cells.items() for row in _strongest(found)
     ]
     caption = (
-        "Pinball loss of the quantiles of each property at the levels above, in its units: lower is better. "
+        "Pinball loss of the quantiles of each property at the levels above: lower is better. "
         f"Bold: the lowest of each property. {_ERRORS}"
     )
     heads = ("Property", *(metric.removeprefix("pinball_") for metric in metrics))
@@ -604,7 +666,7 @@ def _table(
         cells = []
         for column in columns:
             if cited[column]:
-                cells.append(Cell(measured(cited[column].get(label, math.nan))))
+                cells.append(Cell(_cited(cited[column].get(label))))
             row = scores.row(label, *column[1:])
             cells.append(
                 Cell(_value(row, key), key == "value" and _good(row, least[column])) if row else Cell()
@@ -667,15 +729,20 @@ def _point_table(scores: Scores, published: Published | None, name: str, of: str
         values = [published.of(label, metric, of) if published else None for metric in _POINT]
         if any(value is not None for value in values):
             cited = True
-            cells = [Cell(measured(math.nan if value is None else value)) for value in values]
+            cells = [Cell(_cited(value)) for value in values]
             rows.append(Row(label, tuple(cells), "published"))
         for suffix, words in (("_draw", "ours, draws"), ("", "ours, best values")):
             found = [scores.row(label, f"{metric}{suffix}", of) for metric in _POINT]
             rows.append(Row(label, tuple(Cell(_value(row) if row else "") for row in found), words))
-    several = ", means over the properties" if of == "all" or "+" in of else ""
+    several = of == "all" or "+" in of
+    unit = "" if several else _unit(of)
+    about = (
+        ", means over the properties"
+        if several
+        else f" (MSE in {unit}², MAE, RMSE and MAD in {unit})" * bool(unit)
+    )
     caption = (
-        "Errors of single values of "
-        f"{_set_name(of)}{several}: "
+        f"Errors of single values of {_set_name(of)}{about}: "
         "of one draw a halo, as a survey sees galaxies, and of the best value of each halo. Even a "
         "perfect model's "
         f"draws have twice the mean squared error of its means. {_ERRORS}"
@@ -692,17 +759,41 @@ def _value(row: Mapping[str, Any] | None, key: str = "value") -> str:
         return ""
     if key == "floor":
         if row["metric"].startswith("coverage"):
-            return measured(row["floor"])
+            return f"{row['floor']:.3f}"
         return measured(row["floor"], row["floor_error"])
     if key == "self_floor":
         return measured(row["self_floor"], row["self_floor_error"])
     return measured(row["value"], row["bootstrap"] if row["error"] is None else row["error"])
 
 
+def _cited(value: float | None) -> str:
+    """A published figure."""
+    return "" if value is None else f"{value:g}"
+
+
 def _short_name(name: str) -> str:
     from galdist.report.halo_plots import property_of
 
     return property_of(name).name
+
+
+def _unit(name: str) -> str:
+    from galdist.report.halo_plots import property_of
+
+    return property_of(name).unit
+
+
+def _with_unit(name: str) -> str:
+    unit = _unit(name)
+    return f"{_short_name(name)} [{unit}]" if unit else _short_name(name)
+
+
+def _in_units(names: Sequence[str]) -> str:
+    """What a caption says of the units of properties."""
+    from galdist.report.halo_plots import property_of
+
+    found = [kind.measured_in for name in names if (kind := property_of(name)).measured_in]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _set_name(of: str) -> str:
@@ -736,7 +827,8 @@ class _TracerBox:
 
     def _head(self, number: str) -> str:
         """The same above a panel: four of them are as wide as a page."""
-        return self._title(number).replace(", ", ",\n")
+        head = self._title(number).replace(", ", ",\n")
+        return head.replace("log₁₀ M∗", r"$\log_{10} M_\star$").replace("g–i", "$g - i$")
 
     def figures(self, artist: Artist, prefix: str) -> list[Block]:
         """All of them."""
@@ -753,20 +845,21 @@ class _TracerBox:
             else ""
         )
         marks = f"Dotted: the band {self._band}."
+        noisy = "Curves that leave the frame are cut off"
         blocks = [
             self._by_tracer(
                 artist, f"{prefix}tracers", "Power spectra", self._power, halo_plots.TALL_TRACER,
                 f"Power spectra of the seven tracers of {self._where}, shot noise removed: truth, and the "
-                "mean over "
-                "seeds of each model's draws. Below: relative error. Bands: one standard deviation of the "
-                f"truth.{checked} {marks}",
+                "mean over seeds of each model's draws; bins where it is not positive are left out. Below: "
+                "relative error. "
+                f"Bands: one standard deviation of the truth.{checked} {marks} {noisy} there.",
             ),
             self._by_tracer(
                 artist, f"{prefix}tracer-residuals", "Residuals", self._residual, halo_plots.TRACER,
                 f"Squared residuals of the power of each tracer of {self._where} over its variance, mean "
                 "over draws. "
                 "Truth and models have the same halos, so that most of the variance is common to both. "
-                f"{marks}",
+                f"{marks} {noisy} at 0.01 and 200.",
             ),
         ]  # fmt: skip
         if self.box.get("with_truth"):
@@ -776,7 +869,7 @@ class _TracerBox:
                     self._correlation, halo_plots.TRACER,
                     f"Correlation r(k) of each predicted tracer with the true one, {self._where}, shot "
                     "noise removed. "
-                    f"It is 1 where predicted and true tracers lie in the same structures. {marks}",
+                    f"It is 1 where predicted and true tracers lie in the same structures. {marks} {noisy}.",
                 )
             )  # fmt: skip
         if self.box.get("cross"):
@@ -1078,4 +1171,4 @@ def _count(number: float) -> Cell:
 
 def _selection(words: str) -> str:
     """Of the stage, for people."""
-    return words.replace("log M*", "log M∗").replace("g-i", "g–i").replace("<=", "≤")
+    return words.replace("log M*", "log₁₀ M∗").replace("g-i", "g–i").replace("<=", "≤")

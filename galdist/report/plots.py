@@ -9,6 +9,7 @@ markers say the same once more, for gray prints. Legends stand outside the data.
 import contextlib
 import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 PANEL = (3.4, 3.0)
@@ -180,7 +181,8 @@ def on_dark(svg: str) -> str:
 
 def sign(drawn: Figure, caption: str) -> None:
     """Write below the figure, small, which run made it."""
-    drawn.supxlabel(plain(caption), fontsize=5.5, color=MUTED, x=0.005, ha="left")
+    lines = textwrap.fill(caption, int(27 * drawn.get_figwidth()))  # letters of this size in an inch
+    drawn.supxlabel(plain(lines), fontsize=5.5, color=MUTED, x=0.005, ha="left")
 
 
 def figure_key(drawn: Figure, palette: Palette, labels: Sequence[str]) -> None:
@@ -512,7 +514,11 @@ def _columns(labels: Sequence[str], width: float) -> int:
 
 
 def decimal_ticks(axis: Axis, span: float) -> None:
-    """Tick a logarithmic axis that spans a factor ``span`` at decimals: powers of ten alone are too few."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    """Tick a logarithmic axis that spans a factor ``span`` at decimals, unless powers of ten are enough."""
+    if span < 300:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axis.set_major_locator(LogLocator())
+        axis.set_major_formatter(LogFormatterMathtext())
     axis.set_minor_formatter(NullFormatter())

@@ -25,8 +25,12 @@ _LATEX = {
     "–": "--",
     "−": "$-$",
     "∗": r"$_\star$",
+    **{f"{letter}∗": rf"${letter}_\star$" for letter in "MRZ"},
+    "log₁₀": r"$\log_{10}$",
+    "g–i": "$g-i$",
     "\u202f": r"\,",
 }
+_ESCAPED = re.compile("|".join(map(re.escape, sorted(_LATEX, key=len, reverse=True))))
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]\d+)?( ± \d+(\.\d+)?)?")
 
 
@@ -144,16 +148,16 @@ def _cell(cell: Cell) -> str:
 
 
 def escape(text: str) -> str:
-    """Words for LaTeX, letter by letter."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    """Words for LaTeX."""
+    return _ESCAPED.sub(lambda found: _LATEX[found[0]], text)
 
 
 def measured(value: float, error: float | None = None) -> str:
-    """A value and its error, as far as their digits mean something."""
+    """A value and its error, as far as their digits mean something; four digits where there is no error."""
     if not math.isfinite(value):
         return ""
     if error is None or not 0 < error < math.inf:
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+        return f"{value:#.4g}" if abs(value) < 1000 else f"{value:.0f}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     if value:  # a scatter between seeds can be tiny by chance
         digits = min(digits, max(0, 4 - math.floor(math.log10(abs(value)))))
