@@ -6,11 +6,12 @@ import yaml
 
 from galdist.report import field_plots, plots
 from galdist.report.artist import Artist
-from galdist.report.fields import field_blocks
+from galdist.report.fields import field_blocks, response_tables
 from galdist.report.plots import Curve, Palette
 from galdist.run import Run, Step
 from galdist.statistics.counts import EDGES
 from galdist.statistics.fields import FILE
+from galdist.statistics.spectra import FILE as SPECTRA
 from galdist.statistics.spectra import plain
 from hpc import durable
 
@@ -71,6 +72,28 @@ def test_section_has_every_statistic(tmp_path, n_boxes):
     assert variance in alts
     assert ("thin lines: single boxes" in block.caption) == (n_boxes > 1)
     assert all((tmp_path / "report" / file).stat().st_size > 1000 for file in block.files)
+
+
+def test_slopes_of_models_stand_beside_those_of_the_truth(tmp_path):
+    durable.write_text(tmp_path / "run.yaml", yaml.safe_dump({"name": "tiny", "steps": []}))
+    truth = {"slope": [-0.4, 1.5], "error": [0.1, 0.2]}
+    blind = truth | {"slope": [0, 1.6], "difference": [0.4, 0.1], "difference_error": [0.05, 0.06]}
+    n = {"truth": truth, "blind": blind, "blind:expected": blind}
+    quantities = {"n": n, "power/k0.3-1": {"truth": truth}}
+    response = {"parameters": ["A_SN1", "sigma_8"], "quantities": quantities}
+    durable.write_json(tmp_path / "all" / SPECTRA, {"simulations": {"a": {}, "b": {}}, "response": response})
+    durable.write_json(tmp_path / "none" / SPECTRA, {"simulations": {}})
+    steps = [Step(tmp_path / name, "", "done") for name in ("all", "none")]
+    artist = Artist(Run(tmp_path), tmp_path / "report", PALETTE)
+    (table,) = response_tables(artist, steps)
+    assert table.groups == (("truth", 1), ("blind", 2))
+    found = {(row.head, row.note): [(cell.text, cell.strong) for cell in row.cells] for row in table.rows}
+    assert found["number of galaxies", "A_SN1"] == [
+        ("-0.40 ± 0.10", False), ("0.00 ± 0.10", False), ("0.400 ± 0.050", True)
+    ]  # fmt: skip
+    assert found["number of galaxies", "sigma_8"][2] == ("0.100 ± 0.060", False)
+    assert found["power, k = 0.3 to 1 h/Mpc", "A_SN1"] == [("-0.40 ± 0.10", False), ("", False), ("", False)]
+    assert (tmp_path / "report" / table.file).exists()
 
 
 def test_curves_are_what_was_given():

@@ -1,6 +1,8 @@
-"""The report's section on statistics of fields: counts in cells, voids, bispectra and coverage."""
+"""The report's sections on statistics of fields: counts in cells, voids, bispectra and coverage, and how
+numbers and powers respond to the parameters of simulations."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from galdist.report.artist import Artist, Block, Panel
+from galdist.report.tables import Cell, Row, Table, measured, save_latex
 from galdist.run import Step
 from galdist.statistics.coverage import expected_coverage
 from galdist.statistics.fields import FILE, LEVELS, load_field_statistics
-from galdist.statistics.spectra import TRUTH
+from galdist.statistics.spectra import FILE as SPECTRA
+from galdist.statistics.spectra import TRUTH, load_spectra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +53,59 @@ def field_blocks(artist: Artist, steps: Sequence[Step]) -> list[Block]:
             key = [_look(boxes, label) for label in _labels(boxes)]
             blocks.append(artist.block(name, title, caption, _panels(boxes), [step], key=key))
     return blocks
+
+
+def response_tables(artist: Artist, steps: Sequence[Step]) -> list[Table]:
+    """Slopes along parameters of every step that measured them; the same as LaTeX for papers."""
+    tables = []
+    for step in steps:
+        if not step.has(SPECTRA):
+            continue
+        spectra = load_spectra(step.path)
+        if "response" not in spectra:
+            continue
+        parameters, quantities = spectra["response"]["parameters"], spectra["response"]["quantities"]
+        labels = [label for label in next(iter(quantities.values())) if ":" not in label and label != TRUTH]
+        rows = [
+            Row(_quantity(name), tuple(_slopes(found, [TRUTH, *labels], place)), parameter)
+            for name, found in quantities.items()
+            for place, parameter in enumerate(parameters)
+        ]
+        caption = (
+            f"Slopes d ln x / d ln (parameter) over {len(spectra['simulations'])} boxes, none of them in "
+            "the training, along all parameters at once, with errors from the scatter that is left; powers "
+            "are without shot noise. Differences from the truth's slope are paired: both share their initial "
+            f"conditions. Bold: more than two standard deviations. {artist.origin([step])}"
+        )
+        table = Table(
+            f"response-{step.name}",
+            "Response to parameters",
+            caption,
+            ("", "slope", *("slope", "difference") * len(labels)),
+            tuple(rows),
+            groups=((TRUTH, 1), *((label, 2) for label in labels)),
+        )
+        save_latex(table, artist.out)
+        tables.append(table)
+    return tables
+
+
+def _slopes(found: Mapping[str, Any], labels: Sequence[str], place: int) -> Iterator[Cell]:
+    for label in labels:
+        slopes = found.get(label, {})
+        for slope, error in (("slope", "error"), ("difference", "difference_error")):
+            if slope in slopes:
+                value, scatter = slopes[slope][place], slopes[error][place]
+                far = slope == "difference" and abs(value) > 2 * scatter
+                yield Cell(measured(value, scatter), strong=far)
+            elif slope == "slope" or label != TRUTH:
+                yield Cell()
+
+
+def _quantity(name: str) -> str:
+    if band := re.fullmatch(r"power/k(.+)-(.+)", name):
+        return f"power, k = {band[1]} to {band[2]} h/Mpc"
+    return "number of galaxies"
 
 
 def _labels(boxes: _Boxes) -> list[str]:

@@ -27,7 +27,7 @@ from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
 from galdist.report.artist import Artist, Block, Panel
 from galdist.report.domains import Domains
-from galdist.report.fields import field_blocks
+from galdist.report.fields import field_blocks, response_tables
 from galdist.report.halos import MOST, HaloStudy
 from galdist.report.published import PUBLISHED
 from galdist.report.tables import Table, measured
@@ -118,6 +118,7 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
         ("Boxes", partial(_slices, artist, config, steps, stores, predictions, hods)),
         ("Spectra", partial(_spectra, artist, steps, stores)),
         ("Statistics of fields", partial(field_blocks, artist, steps)),
+        ("Response to parameters", partial(response_tables, artist, steps)),
         ("Predictions", partial(Domains(run, steps, stores, predictions).tables, artist, published)),
         ("Halo occupation", partial(_occupation, artist, steps)),
         ("Distributions", partial(halos.distributions, artist)),
