@@ -73,7 +73,7 @@ PROPERTIES = {
         "dex",
         "R∗ in kpc/h",
     ),
-    "log_metallicity": Property("log₁₀ Z∗", *[r"$\log_{10} Z_\star$"] * 2, "dex", ""),
+    "log_metallicity": Property("log₁₀ Z∗", r"$\log_{10} Z_\star$", r"$\log_{10} Z_\star$", "dex", ""),
 }
 
 
@@ -84,7 +84,8 @@ def property_of(name: str) -> Property:
     words = name.removeprefix("log_").replace("_", " ")
     if words == name.replace("_", " "):
         return Property(words, plain(words), plain(words), "", "")
-    return Property(f"log₁₀ {words}", *[rf"$\log_{{10}}$ {plain(words)}"] * 2, "dex", "")
+    symbol = rf"$\log_{{10}}$ {plain(words)}"
+    return Property(f"log₁₀ {words}", symbol, symbol, "dex", "")
 
 
 def plot_marginal(
@@ -175,7 +176,7 @@ def plot_joint(
     true, drawn = _smooth(truth, edges, width), _smooth(model, edges, width)
     top = true.max() * 2
     look = palette[name]
-    masses = _MASSES
+    masses: Sequence[float] = _MASSES
     if len(np.asarray(truth[0])) < FEW:
         masses = _MASSES[:-1]
         dots: dict[str, Any] = {"linestyle": "", "marker": ".", "markersize": 2.5, "markeredgewidth": 0}

@@ -581,13 +581,13 @@ def _group_table(scores: Scores, kind: str, name: str, title: str) -> Table:
     rows = []
     for group in dict.fromkeys(group for group, _ in values):
         cells = {
-            label: [_group_cell(row.get((metric, of)), nominal) for _, metric, of in columns]
-            for (other, label), row in values.items()
+            label: [_group_cell(scored.get((metric, of)), nominal) for _, metric, of in columns]
+            for (other, label), scored in values.items()
             if other == group
         }
-        for row in _strongest(cells):
-            n_rows = next(iter(values[group, row.head].values()))["n_rows"]
-            rows.append(Row(group, (Cell(str(n_rows)), *row.cells), row.head))
+        for line in _strongest(cells):
+            n_rows = next(iter(values[group, line.head].values()))["n_rows"]
+            rows.append(Row(group, (Cell(str(n_rows)), *line.cells), line.head))
     what = {
         "range": "the halos inside and outside the range of the inputs that each model was trained on",
         "simulation": "the halos of each simulation",
