@@ -253,9 +253,10 @@ class VariationalDiffusion(GridObjective):
 
         denoiser = joint(denoise, condition, crops, config.crops_at_once, device, group)
         schedule = copy.deepcopy(self.schedule).cpu()
-        for step, x in enumerate(config.sampler.path(denoiser, schedule, noise, generator), 1):
+        for step, x in enumerate(config.sampler.path(denoiser, schedule, noise, generator)):
             drawn = x
-            yield step / config.sampler.steps
+            if step < config.sampler.steps:
+                yield (step + 1) / config.sampler.steps
         if config.spatial == 2:
             drawn = drawn.unflatten(0, (n_boxes, -1)).movedim(1, 2)
         fields = {}

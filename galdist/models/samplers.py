@@ -74,11 +74,12 @@ class Sampler(StrictModel):
         noise: Tensor,
         generator: torch.Generator,
     ) -> Iterator[Tensor]:
-        """The noisy fields after each step, in units of the data; the last is what `draw` gives."""
+        """The posterior mean at each step, and last what `draw` gives."""
         levels = schedule(torch.linspace(1, 0, self.steps + 1, device=noise.device)).double()
         z, before = noise, None
         for n, (gamma, target) in enumerate(itertools.pairwise(levels)):
             x = denoiser(z, gamma.to(z.dtype).expand(len(z)))
+            yield x
             ahead = x
             if self.kind == "dpm-solver++" and before is not None:
                 # The mean half way to the target, by a line through the last two.
@@ -88,11 +89,11 @@ class Sampler(StrictModel):
             # Of the noise ahead, what is drawn anew; the rest is in the noise that is there.
             fresh = -torch.expm1(target - gamma) if self.kind == "ancestral" else torch.zeros_like(gamma)
             kept = sigma_next * (1 - fresh).sqrt() / sigma
-            z = kept * z + (alpha_next - kept * alpha) * ahead
+            z = (kept * z).add_(ahead, alpha=float(alpha_next - kept * alpha))  # boxes may be large
             if self.kind == "ancestral":
                 new = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-                z = z + sigma_next * fresh.sqrt() * new
-            yield z / alpha_next
+                z.add_(new, alpha=float(sigma_next * fresh.sqrt()))
+        yield z / signal_and_noise(levels[-1])[0]
 
 
 class Crops:
