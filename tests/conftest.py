@@ -20,6 +20,8 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # which programs started by this one do not inherit
 
 os.environ.setdefault("UCX_NET_DEVICES", "lo")  # tests that use nbodykit in this process open no port either
+# MPI ranks that wait sleep: where they outnumber the cores, those that spin hold up those that work.
+os.environ.setdefault("MPIR_CVAR_ENABLE_HEAVY_YIELD", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Real MPI ranks for tests: `mpirun(n, function, *args)` calls a function on n ranks.
 
 Run as a script, this file is what every rank executes. To start a rank, with MPI and nbodykit, takes longer
-than most of what it is asked to do: the ranks of a test module stay and are called again.
+than most of what it is asked to do: ranks stay and are called again.
 """
 
 import gc
@@ -87,7 +87,7 @@ class World:
             os.close(self._bells.pop())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mpirun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
     """``mpirun(ranks, function, *args, timeout=300)``: what each rank's ``function(*args)`` returned.
 
