@@ -6,7 +6,7 @@ import yaml
 
 from galdist.report import field_plots, plots
 from galdist.report.artist import Artist
-from galdist.report.fields import field_blocks, response_tables
+from galdist.report.fields import chunks, field_blocks, response_tables
 from galdist.report.plots import Curve, Palette
 from galdist.run import Run, Step
 from galdist.statistics.counts import EDGES
@@ -64,7 +64,8 @@ def test_section_has_every_statistic(tmp_path, n_boxes):
     durable.write_json(tmp_path / "fields" / FILE, {"simulations": simulations})
     durable.write_json(tmp_path / "other" / "metrics.json", [])
     steps = [Step(tmp_path / name, "", "done") for name in ("fields", "other")]
-    (block,) = field_blocks(Artist(Run(tmp_path), tmp_path / "report", PALETTE), steps)
+    artist = Artist(Run(tmp_path), tmp_path / "report", PALETTE)
+    (block,) = field_blocks(artist, steps, lambda step, box: "near")
     assert len(block.images) == 8
     alts = " ".join(image.alt for image in block.images)
     assert "draw0" in alts
@@ -74,12 +75,27 @@ def test_section_has_every_statistic(tmp_path, n_boxes):
     assert all((tmp_path / "report" / file).stat().st_size > 1000 for file in block.files)
 
 
+def test_domains_have_figures_of_their_own(tmp_path):
+    durable.write_text(tmp_path / "run.yaml", yaml.safe_dump({"name": "tiny", "steps": []}))
+    durable.write_json(tmp_path / "fields" / FILE, {"simulations": {"a": box(), "b": box(1.1)}})
+    artist = Artist(Run(tmp_path), tmp_path / "report", PALETTE)
+    steps = [Step(tmp_path / "fields", "", "done")]
+    blocks = field_blocks(artist, steps, lambda step, name: {"a": "near", "b": "far"}[name])
+    assert [block.title for block in blocks] == ["near, z = 0", "far, z = 0"]
+
+
+def test_many_predictions_are_shared_over_figures():
+    labels = [f"step{n}{field}" for n in range(11) for field in ("", ":expected", ":samples")]
+    assert [len(part) for part in chunks(labels)] == [4, 4, 3]
+    assert [step for part in chunks(labels) for step in part] == [f"step{n}" for n in range(11)]
+    assert chunks([]) == [[]]
+
+
 def test_slopes_of_models_stand_beside_those_of_the_truth(tmp_path):
     durable.write_text(tmp_path / "run.yaml", yaml.safe_dump({"name": "tiny", "steps": []}))
     truth = {"slope": [-0.4, 1.5], "error": [0.1, 0.2]}
     blind = truth | {"slope": [0, 1.6], "difference": [0.4, 0.1], "difference_error": [0.05, 0.06]}
-    n = {"truth": truth, "blind": blind, "blind:expected": blind}
-    quantities = {"n": n, "power/k0.3-1": {"truth": truth}}
+    quantities = {"n": {"truth": truth, "blind": blind}, "power/k0.3-1": {"truth": truth}}
     response = {"parameters": ["A_SN1", "sigma_8"], "quantities": quantities}
     durable.write_json(tmp_path / "all" / SPECTRA, {"simulations": {"a": {}, "b": {}}, "response": response})
     durable.write_json(tmp_path / "none" / SPECTRA, {"simulations": {}})

@@ -1,8 +1,9 @@
 """The report's sections on statistics of fields: counts in cells, voids, bispectra and coverage, and how
 numbers and powers respond to the parameters of simulations."""
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,28 @@ Array = NDArray[np.float64]
 _Boxes = Sequence[Mapping[str, Any]]
 
 
-def field_blocks(artist: Artist, steps: Sequence[Step]) -> list[Block]:
-    """Statistics of every step that has them: boxes of one size and mesh together, as their mean."""
+_MOST = 5  # steps whose curves fit into one figure
+
+
+def chunks(labels: Iterable[str]) -> list[list[str]]:
+    """Steps of some labels, as many at a time as a figure can show; one chunk of none where there is none."""
+    steps = list(dict.fromkeys(label.partition(":")[0] for label in labels))
+    number = max(1, math.ceil(len(steps) / _MOST))
+    return [part.tolist() for part in np.array_split(np.array(steps, str), number)]
+
+
+def further_draw(label: str) -> bool:
+    """Whether a field is one of a step's draws, and not the first."""
+    return re.search(r"_sample_[1-9]\d*$", label) is not None
+
+
+def field_blocks(
+    artist: Artist, steps: Sequence[Step], domain: Callable[[str, str], str | None]
+) -> list[Block]:
+    """Statistics of every step that has them: boxes of one domain and mesh together, as their mean.
+
+    ``domain`` gives that of a step's box.
+    """
     blocks = []
     for step in steps:
         if not step.has(FILE):
@@ -35,8 +56,8 @@ def field_blocks(artist: Artist, steps: Sequence[Step]) -> list[Block]:
         groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
         for name, found in load_field_statistics(step.path)["simulations"].items():
             mesh = found["box_size"], found["n_mesh"], found["redshift"]
-            groups.setdefault(mesh, {})[name] = found
-        for number, ((box_size, n_mesh, redshift), named) in enumerate(groups.items(), start=1):
+            groups.setdefault((domain(step.name, name) or "", *mesh), {})[name] = found
+        for number, ((where, box_size, n_mesh, redshift), named) in enumerate(groups.items(), start=1):
             boxes = list(named.values())
             names = ", ".join(named) if len(named) <= 4 else f"{len(named)} boxes"
             caption = (
@@ -49,9 +70,16 @@ def field_blocks(artist: Artist, steps: Sequence[Step]) -> list[Block]:
                 )
             )
             name = f"{step.name}-{number}" if len(groups) > 1 else step.name
-            title = f"z = {redshift:.2g}"
-            key = [_look(boxes, label) for label in _labels(boxes)]
-            blocks.append(artist.block(name, title, caption, _panels(boxes), [step], key=key))
+            title = f"{where}, z = {redshift:.2g}" if where and len(groups) > 1 else f"z = {redshift:.2g}"
+            parts = chunks(label for label in _labels(boxes) if label != TRUTH)
+            for part, chosen in enumerate(parts, start=1):
+                shown = [_only(box, chosen) for box in boxes]
+                key = [_look(shown, label) for label in _labels(shown)]
+                suffix, note = (f"-{part}", f", {part} of {len(parts)}") if len(parts) > 1 else ("", "")
+                panels = _panels(shown)
+                blocks.append(
+                    artist.block(f"{name}{suffix}", f"{title}{note}", caption, panels, [step], key=key)
+                )
     return blocks
 
 
@@ -65,7 +93,7 @@ def response_tables(artist: Artist, steps: Sequence[Step]) -> list[Table]:
         if "response" not in spectra:
             continue
         parameters, quantities = spectra["response"]["parameters"], spectra["response"]["quantities"]
-        labels = [label for label in next(iter(quantities.values())) if ":" not in label and label != TRUTH]
+        labels = [label for label in next(iter(quantities.values())) if label != TRUTH]
         rows = [
             Row(_quantity(name), tuple(_slopes(found, [TRUTH, *labels], place)), parameter)
             for name, found in quantities.items()
@@ -110,6 +138,15 @@ def _quantity(name: str) -> str:
 
 def _labels(boxes: _Boxes) -> list[str]:
     return [label for label in boxes[0]["fields"] if all(label in box["fields"] for box in boxes)]
+
+
+def _only(box: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+    """The truth and some steps."""
+
+    def kept(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {label: one for label, one in found.items() if label.partition(":")[0] in (TRUTH, *chosen)}
+
+    return {**box, "fields": kept(box["fields"]), "samples": kept(box["samples"])}
 
 
 def _look(boxes: _Boxes, label: str) -> str:

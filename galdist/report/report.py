@@ -27,7 +27,7 @@ from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
 from galdist.report.artist import Artist, Block, Panel
 from galdist.report.domains import Domains
-from galdist.report.fields import field_blocks, response_tables
+from galdist.report.fields import chunks, field_blocks, further_draw, response_tables
 from galdist.report.halos import MOST, HaloStudy
 from galdist.report.published import PUBLISHED
 from galdist.report.tables import Table, measured
@@ -112,14 +112,15 @@ def report(config: ReportConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     halos = HaloStudy(run, steps, config.models, published, config.boxes)
     hods = [step.name for step in steps if step.stage == "hod"]
     artist = Artist(run, out, Palette(list(predictions), hods, halos.shown))
+    domains = Domains(run, steps, stores, predictions)
 
     sections = []
     drawn: tuple[tuple[str, Callable[[], Sequence[Block | Table]]], ...] = (
         ("Boxes", partial(_slices, artist, config, steps, stores, predictions, hods)),
-        ("Spectra", partial(_spectra, artist, steps, stores)),
-        ("Statistics of fields", partial(field_blocks, artist, steps)),
+        ("Spectra", partial(_spectra, artist, steps, stores, domains)),
+        ("Statistics of fields", partial(field_blocks, artist, steps, domains.domain)),
         ("Response to parameters", partial(response_tables, artist, steps)),
-        ("Predictions", partial(Domains(run, steps, stores, predictions).tables, artist, published)),
+        ("Predictions", partial(domains.tables, artist, published)),
         ("Halo occupation", partial(_occupation, artist, steps)),
         ("Distributions", partial(halos.distributions, artist)),
         ("Tracers", partial(halos.tracers_of_boxes, artist)),
@@ -238,7 +239,7 @@ def _layers(
     further = []
     for label, found in sorted(predictions.items(), key=lambda item: item[0] in hods):
         for field in found.fields:
-            if found.field(field).components != 1:
+            if found.field(field).components != 1 or further_draw(field):
                 continue
             if field in targets[:1]:
                 layers.append(_Layer(label, found, field, "counts"))
@@ -355,8 +356,10 @@ def _training_panels(name: str, history: list[dict[str, Any]], kept: int | None)
 # Spectra
 
 
-def _spectra(artist: Artist, steps: Sequence[Step], stores: Mapping[str, GridStore]) -> list[Block]:
-    """P(k), r(k) and T(k) of every step with spectra: boxes of one suite and mesh together, as their mean."""
+def _spectra(
+    artist: Artist, steps: Sequence[Step], stores: Mapping[str, GridStore], domains: Domains
+) -> list[Block]:
+    """P(k), r(k) and T(k) of every step with spectra: boxes of one domain and mesh as their mean."""
     suites = {name: store[name].attrs.suite for store in stores.values() for name in store}
     blocks = []
     for step in steps:
@@ -365,8 +368,11 @@ def _spectra(artist: Artist, steps: Sequence[Step], stores: Mapping[str, GridSto
         groups: dict[tuple[Any, ...], dict[str, Any]] = defaultdict(dict)
         for name, found in load_spectra(step.path)["simulations"].items():
             mesh = found["box_size"], found["n_mesh"], found["redshift"]
-            groups[suites.get(name, ""), *mesh][name] = found
-        for number, ((suite, box_size, n_mesh, redshift), boxes) in enumerate(groups.items(), start=1):
+            groups[suites.get(name, ""), domains.domain(step.name, name) or "", *mesh][name] = found
+        named = [suite for suite, *_ in groups]
+        for number, ((suite, domain, box_size, n_mesh, redshift), boxes) in enumerate(
+            groups.items(), start=1
+        ):
             names = ", ".join(boxes) if len(boxes) <= 4 else f"{len(boxes)} boxes"
             caption = (
                 f"Power spectrum, cross-correlation with the truth and transfer function of {names} "
@@ -378,10 +384,29 @@ def _spectra(artist: Artist, steps: Sequence[Step], stores: Mapping[str, GridSto
                     else "."
                 )
             )
-            title = " ".join(filter(None, [suite, f"z = {redshift:.2g}"]))
+            where = f"({domain})" if domain and named.count(suite) > 1 else ""
+            title = " ".join(filter(None, [suite, where, f"z = {redshift:.2g}"]))
             name = f"{step.name}-{number}" if len(groups) > 1 else step.name
-            blocks.append(artist.block(name, title, caption, _spectra_panels(list(boxes.values())), [step]))
+            shared = chunks(label for box in boxes.values() for label in box["cross"] if label != MATTER)
+            for part, chosen in enumerate(shared, start=1):
+                shown = [_only(box, chosen) for box in boxes.values()]
+                suffix, note = (f"-{part}", f", {part} of {len(shared)}") if len(shared) > 1 else ("", "")
+                panels = _spectra_panels(shown)
+                blocks.append(artist.block(f"{name}{suffix}", f"{title}{note}", caption, panels, [step]))
     return blocks
+
+
+def _only(box: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+    """Truth, matter, and the fields of some steps; of several draws the first."""
+
+    def kept(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            label: found
+            for label, found in fields.items()
+            if label.partition(":")[0] in (TRUTH, MATTER, *chosen) and not further_draw(label)
+        }
+
+    return {**box, "fields": kept(box["fields"]), "cross": kept(box["cross"])}
 
 
 def _spectra_panels(boxes: list[dict[str, Any]]) -> list[Panel]:

@@ -774,8 +774,12 @@ def _parameters(config: SpectraConfig, samples: Sequence[Sample]) -> dict[str, l
 def _response(
     config: SpectraConfig, parameters: Mapping[str, Sequence[float]], boxes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Slopes of numbers, and of powers without shot noise, of what is in every box."""
-    labels = [label for label in boxes[0]["fields"] if all(label in box["fields"] for box in boxes)]
+    """Slopes of numbers, and of powers without shot noise, of truth, matter and what steps predict."""
+    labels = [
+        label
+        for label in boxes[0]["fields"]
+        if ":" not in label and all(label in box["fields"] for box in boxes)
+    ]
     quantities = {
         "n": {label: [box["fields"][label]["n"] for box in boxes] for label in labels if label != MATTER}
     }
