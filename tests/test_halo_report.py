@@ -151,7 +151,8 @@ def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path)
     if HAS_SPECTRA:
         kinds = ("residuals", "correlation", "cross", "confusion")
         figures |= {"tracers", *(f"tracer-{name}" for name in kinds)}
-        kinds = ("counts", "chi2-band", "chi2-all", "relative", "stochasticity", "kept", "between")
+        kinds = ("counts", "chi2-band", "chi2-all", "relative")
+        kinds += ("stochasticity", "kept", "between")
         names |= {f"tracer-{name}" for name in kinds}
     drawn = {path.name for path in (run / "report" / "figures").iterdir()}
     assert drawn == {f"{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
@@ -283,7 +284,7 @@ def test_a_tracer_that_the_truth_has_not_is_in_no_figure() -> None:
 def test_models_that_are_not_there_are_named(run: Path) -> None:
     with pytest.raises(RunError, match=r"no label 'Flaw'; the run has SQR joint, Flow"):
         _report(run, "again", models=["Flaw"])
-    with pytest.raises(ValueError, match="nothing is known of 'tng'; there is .*tng300"):
+    with pytest.raises(ValueError, match=r"nothing is known of 'tng'; there is .*tng300"):
         ReportConfig(published="tng")
 
 
@@ -503,10 +504,11 @@ def test_marginals_are_densities_and_their_ratio_to_the_truth() -> None:
     density, edges, _ = ax.patches[1].get_data()
     assert np.sum(density * np.diff(edges)) == pytest.approx(1, abs=2e-3)
     found, _, _ = ax.patches[2].get_data()
-    ratio, _, _ = ax.child_axes[0].patches[0].get_data()
+    band, ratio = (patch.get_data().values for patch in ax.child_axes[0].patches)
     good = np.isfinite(ratio)
     np.testing.assert_allclose(ratio[good], found[good] / density[good])
     assert good.sum() > 20
+    np.testing.assert_array_equal(np.isfinite(band), good)  # to the end of the last bin
 
 
 def test_frames_of_marginals_hold_models_that_peak_higher_and_elsewhere() -> None:
@@ -529,6 +531,20 @@ def test_properties_are_written_in_symbols() -> None:
     assert halo_plots.property_of("log_v_max")[:2] == ("log₁₀ v max", r"$\log_{10}$ v max")
     assert halo_plots.property_of("spin").unit == ""
     assert tables.escape("log₁₀ M∗ [dex]") == r"$\log_{10}$ $M_\star$ [dex]"
+
+
+def test_legends_of_many_panels_are_whole_and_fit_a_phone() -> None:
+    names = ["Chain", "Random forest", "SQR", "Chain, halo mass alone", "NN_class joint"]
+    palette = plots.Palette(models=names)
+    size = plots.key_size(palette, names)
+    assert size[0] < 4.5
+    with plots.style():
+        figure, (ax,) = plots.figure(panel=size)
+        plots.plot_key(ax, palette, names)
+        figure.draw_without_rendering()
+        box = ax.get_legend().get_window_extent()
+        assert figure.bbox.x0 < box.x0 < box.x1 < figure.bbox.x1
+        assert figure.bbox.y0 < box.y0 < box.y1 < figure.bbox.y1
 
 
 def test_the_signature_of_a_figure_is_as_wide_as_the_figure() -> None:

@@ -88,7 +88,9 @@ class Artist:
         if key:
             names = ", ".join(plots.plain(self.palette[label].name) for label in key)
             strip = self._image(
-                lambda ax, palette: plots.plot_key(ax, palette, key), f"Legend: {names}.", plots.KEY
+                lambda ax, palette: plots.plot_key(ax, palette, key),
+                f"Legend: {names}.",
+                plots.key_size(self.palette, key),
             )
         columns = min(columns, len(panels))
         rows = math.ceil(len(panels) / columns)

@@ -111,10 +111,9 @@ def plot_marginal(
     below = _below(ax, kind.label, "model / truth")
     relative = 1 / np.sqrt(np.maximum(number, 1))
     known = number >= _FEWEST
-    below.fill_between(
-        edges, _steps(np.where(known, 1 - relative, np.nan)), _steps(np.where(known, 1 + relative, np.nan)),
-        step="post", color=MATTER, alpha=0.35, linewidth=0,
-    )  # fmt: skip
+    relative = np.where(known, relative, np.nan)
+    band: dict[str, Any] = {"fill": True, "color": MATTER, "alpha": 0.35, "linewidth": 0}
+    below.stairs(1 + relative, edges, baseline=1 - relative, **band)
     below.axhline(1, color=INK, linewidth=0.8)
     top, reach = density.max(), 0.4
     for name, values in models.items():
@@ -432,11 +431,6 @@ def _wider(edges: Array, margin: int) -> Array:
     width = edges[1] - edges[0]
     before, after = edges[0] - width * np.arange(margin, 0, -1), edges[-1] + width * np.arange(1, margin + 1)
     return np.concatenate([before, edges, after])
-
-
-def _steps(values: Array) -> Array:
-    """Heights of bins for `fill_between`, which wants one more."""
-    return np.append(values, values[-1])
 
 
 def _smooth(columns: tuple[ArrayLike, ArrayLike], edges: Sequence[Array], width: float) -> Array:

@@ -570,7 +570,7 @@ def _group_table(scores: Scores, kind: str, name: str, title: str) -> Table:
     interval = max((row["metric"] for row in found if row["metric"].startswith("coverage")), default="")
     columns = [
         *((_with_unit(of), "crps", of) for of in names),
-        *((_set_name(of), "energy_score", of) for of in scores.sets() if len(names) > 1),
+        *((_set_name(of), "energy_score", of) for of in scores.sets()[-1:] if len(names) > 1),
         *((_short_name(of), interval, of) for of in names),
     ]
     nominal = float(interval.partition("_")[2] or 0)
@@ -1021,7 +1021,7 @@ class _TracerBox:
                 continue
             tables.append(
                 Table(
-                    f"{prefix}tracer-{name}", f"χ² {words}" + (", expected" if "expected" in key else ""),
+                    f"{prefix}tracer-{name}", f"χ² {'of the expected power ' * ('expected' in key)}{words}",
                     f"χ² of the power of each tracer of {self._where} {words}, {what}, error of the mean "
                     "over seeds; lower is better. Bold: the lowest of each tracer. "
                     "Between draws: what that model would score were the truth one of its own draws.",

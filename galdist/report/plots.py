@@ -8,6 +8,7 @@ markers say the same once more, for gray prints. Legends stand outside the data.
 
 import contextlib
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 PANEL = (3.4, 3.0)
 """Width and height of one panel [inches]: as wide as a column of a journal page."""
 
-KEY = (6.8, 0.45)
-"""Size of a legend that several panels share [inches]."""
+_KEY = 4.4  # inches, width of a legend that several panels share: a phone shows all of it
 
 Quantity = Literal["overdensity", "counts", "probability"]
 
@@ -193,10 +193,16 @@ def figure_key(drawn: Figure, palette: Palette, labels: Sequence[str]) -> None:
     )
 
 
+def key_size(palette: Palette, labels: Sequence[str]) -> tuple[float, float]:
+    """Width and height of `plot_key` [inches]."""
+    rows = math.ceil(len(labels) / _columns([palette[label].name for label in labels], _KEY - 0.6))
+    return _KEY, 0.2 + 0.18 * rows
+
+
 def plot_key(ax: Axes, palette: Palette, labels: Sequence[str]) -> None:
     """A legend alone."""
     ax.set_axis_off()
-    columns = _columns([palette[label].name for label in labels], KEY[0])
+    columns = _columns([palette[label].name for label in labels], _KEY - 0.6)
     ax.legend(
         handles=_handles(palette, labels), loc="center", ncols=columns, handlelength=2.6, borderaxespad=0
     )
