@@ -110,7 +110,7 @@ def _tracers(folder: Path, predictions: list[str]) -> None:
         "import sys; from pathlib import Path\n"
         "from galdist.statistics.tracer_spectra import TracersConfig, tracers\n"
         "run, *predictions = map(Path, sys.argv[1:])\n"
-        "config = TracersConfig(n_mesh=16, k_max=1.5, band=(0.3, 1.2), jackknife=2)\n"
+        "config = TracersConfig(draws=2, n_mesh=16, k_max=1.5, band=(0.3, 1.2), jackknife=2)\n"
         "inputs = {'catalogs': [run / 'centrals'], 'predictions': [run / p for p in predictions]}\n"
         "tracers(config, inputs, run / 'tracers')"
     )
@@ -151,7 +151,7 @@ def test_sections_figures_and_tables_of_all_that_was_found(page: str, run: Path)
     if HAS_SPECTRA:
         kinds = ("residuals", "correlation", "cross", "confusion")
         figures |= {"tracers", *(f"tracer-{name}" for name in kinds)}
-        kinds = ("counts", "chi2-band", "chi2-all", "relative")
+        kinds = ("counts", "chi2-band", "chi2-expected-band", "chi2-all", "relative")
         kinds += ("stochasticity", "kept", "between")
         names |= {f"tracer-{name}" for name in kinds}
     drawn = {path.name for path in (run / "report" / "figures").iterdir()}
@@ -294,11 +294,16 @@ def test_tables_of_tracers_hold_what_was_measured(page: str, run: Path) -> None:
     table = {line[0]: line[1:] for line in _cells(page, "Galaxies of each tracer")}
     assert table["truth"] == [f"{n:.0f}" for n in box["counts"]["truth"]]
     assert table["published truth"][1:3] == ["1497", "1942"]
-    chi2 = {line[0]: line[1:] for line in _cells(page, "χ² over the 3 bins of 0.3 to 1.2 h/Mpc")}
-    assert set(chi2) == {"Model", "SQR joint", "Flow", "100% &amp; far_off"}
-    for number, text in zip(box["tracers"], chi2["Flow"], strict=True):
-        found = box["tracers"][number]["labels"]["Flow"]["chi2_band"]
-        assert float(text.split(" ± ")[0]) == pytest.approx(found["value"], rel=0.05, abs=1e-3)
+    for key, title in (("chi2_band", "χ²"), ("chi2_expected_band", "χ² of the expected power")):
+        rows = {line[0]: line[1:] for line in _cells(page, f"{title} over the 3 bins of 0.3 to 1.2 h/Mpc")}
+        assert set(rows) == {"Model", "SQR joint", "Flow", "100% &amp; far_off", "Between draws, Flow"}
+        for i, number in enumerate(box["tracers"]):
+            found = box["tracers"][number]["labels"]["Flow"][key]
+            assert float(rows["Flow"][i].split(" ± ")[0]) == pytest.approx(found["value"], rel=0.05, abs=1e-3)
+            assert float(rows["Between draws, Flow"][i]) == pytest.approx(found["self_floor"], abs=0.051)
+        seeds = [box["tracers"][number]["labels"]["Flow"][key]["seeds"] for number in box["tracers"]]
+        total = np.mean(np.sum(seeds, axis=0))
+        assert float(rows["Flow"][-1].split(" ± ")[0]) == pytest.approx(total, rel=0.05, abs=1e-3)
 
 
 def test_published_sqr_stands_beside_the_model_of_balanced_rows() -> None:

@@ -1008,24 +1008,24 @@ class _TracerBox:
         band, every = f"over the {n_band} bins of {self._band}", f"over all {n_bins} bins"
         of_draws = "mean over draws and seeds"
         expected = "of the power that each model expects, without the scatter of its draws; mean over seeds"
-        for key, name, what, words in (
-            ("chi2_band", "chi2-band", of_draws, band),
-            ("chi2_expected_band", "chi2-expected-band", expected, band),
-            ("chi2", "chi2-all", of_draws, every),
+        for key, name, title, what, words in (
+            ("chi2_band", "chi2-band", "χ²", of_draws, band),
+            ("chi2_expected_band", "chi2-expected-band", "χ² of the expected power", expected, band),
+            ("chi2", "chi2-all", "χ²", of_draws, every),
         ):
-            cells = {
-                label: [(_chi2(found), found["value"]) for found in self._each(label, key)]
-                for label in box["labels"]
-            }
+            cells = {}
+            for label in box["labels"]:
+                each = [*self._each(label, key), self._sum(label, key)]
+                cells[label] = [(_chi2(found), found["value"]) for found in each]
             if all(value is None for row in cells.values() for _, value in row):  # expected, of single draws
                 continue
             tables.append(
                 Table(
-                    f"{prefix}tracer-{name}", f"χ² {'of the expected power ' * ('expected' in key)}{words}",
+                    f"{prefix}tracer-{name}", f"{title} {words}",
                     f"χ² of the power of each tracer of {self._where} {words}, {what}, error of the mean "
                     "over seeds; lower is better. Bold: the lowest of each tracer. "
                     "Between draws: what that model would score were the truth one of its own draws.",
-                    ("Model", *heads),
+                    ("Model", *heads, "sum"),
                     _strongest(cells), self._between_draws(key),
                 )
             )  # fmt: skip
@@ -1087,12 +1087,20 @@ class _TracerBox:
                 ("Model", "rms", "largest", "between"), _strongest(cells), folded=True,
             )  # fmt: skip
 
+    def _sum(self, label: str, key: str) -> dict[str, Any]:
+        """χ² of all tracers together."""
+        seeds = np.sum([found["seeds"] for found in self._each(label, key)], axis=0, dtype=float)
+        seeds = seeds[np.isfinite(seeds)]
+        error = float(seeds.std(ddof=1) / np.sqrt(seeds.size)) if seeds.size > 1 else None
+        return {"value": float(seeds.mean()) if seeds.size else None, "error": error}
+
     def _between_draws(self, key: str) -> tuple[Row, ...]:
         """χ² between draws of the first model shown that has several."""
         for label in self.labels:
             floors = [found["self_floor"] for found in self._each(label, key)]
             if any(floor is not None and math.isfinite(floor) for floor in floors):
-                cells = tuple(Cell(_plain(floor, 1)) for floor in floors)
+                total = float(np.sum(floors, dtype=float))  # NaN where one is not known
+                cells = tuple(Cell(_plain(floor, 1)) for floor in (*floors, total))
                 return (Row(f"Between draws, {label}", cells),)
         return ()
 
