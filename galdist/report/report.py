@@ -64,6 +64,7 @@ _NOT_DRAWN = {
     *(*_LOSSES, *_SCORES, *_SPEED, *_CONFUSION),
 }
 _UNKNOWN = "–"
+_FEW = 6  # labels that a panel's own legend has room for
 
 
 class ReportConfig(StrictModel):
@@ -391,9 +392,22 @@ def _spectra(
             for part, chosen in enumerate(shared, start=1):
                 shown = [_only(box, chosen) for box in boxes.values()]
                 suffix, note = (f"-{part}", f", {part} of {len(shared)}") if len(shared) > 1 else ("", "")
-                panels = _spectra_panels(shown)
-                blocks.append(artist.block(f"{name}{suffix}", f"{title}{note}", caption, panels, [step]))
+                panels, key, about = _spectra_panels(shown), list(shown[0]["fields"]), caption
+                if len(key) > _FEW:  # legends of their own would leave the panels no room
+                    panels = [Panel(partial(_without_legend, panel.draw), panel.alt) for panel in panels]
+                    about += " Dash-dotted, in P(k): the truth's shot noise."
+                else:
+                    key = []
+                blocks.append(
+                    artist.block(f"{name}{suffix}", f"{title}{note}", about, panels, [step], key=key)
+                )
     return blocks
+
+
+def _without_legend(draw: Callable[["Axes", "Palette"], None], ax: "Axes", palette: "Palette") -> None:
+    draw(ax, palette)
+    if legend := ax.get_legend():
+        legend.remove()
 
 
 def _only(box: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
