@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 _Boxes = Sequence[Mapping[str, Any]]
 
 
-_MOST = 5  # steps whose curves fit into one figure
+_MOST = 4  # steps in one figure: as many as there are colors
 
 
 def chunks(labels: Iterable[str]) -> list[list[str]]:
