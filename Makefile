@@ -7,8 +7,8 @@ GALDIST := .venv/bin/galdist
 run: setup  ## set up, then run the quickstart
 	$(GALDIST) run quickstart
 
-test: setup lint  ## set up, then test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+test: setup lint  ## set up, then test: two files at a time, those that start ranks first
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: setup  ## the tests that take minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
