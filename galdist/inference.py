@@ -12,10 +12,12 @@ told as a number [Mpc/h], and all halos are in memory.
 import contextlib
 import json
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +55,11 @@ class Wanted:
     quantiles: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.samples < 0 or self.seed < 0 or (self.samples and self.quantiles):
-            raise ValueError(f"either samples or quantiles are asked for, and a seed from 0 on, got {self}")
+        for name, number in (("samples", self.samples), ("seed", self.seed)):
+            if not isinstance(number, Integral) or number < 0:
+                raise ValueError(f"{name} is a whole number from 0 on, got {number!r}")
+        if self.samples and self.quantiles:
+            raise ValueError("samples or quantiles are asked for, not both")
         if not all(0 < level < 1 for level in self.quantiles):
             raise ValueError(f"levels of quantiles lie between 0 and 1, got {self.quantiles}")
 
@@ -586,6 +591,13 @@ def predict_file(
     model.require(wanted)
     if out.is_dir():
         raise SettingsError(str(out), [Problem((), "is a folder: name the file that is to be written")])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        text = f"nothing can be written to {out.parent} ({error.strerror}): name a file elsewhere"
+        raise SettingsError(str(out), [Problem((), text)]) from error
     if out.suffix != ".parquet":
         raise SettingsError(
             str(out), [Problem((), "the result is a Parquet file: its name ends in .parquet")]

@@ -381,6 +381,7 @@ def test_fractions_of_simulations(n: int, validation: float, test: float, seed: 
         ({"over": lambda t: t["color"] - 1}, "not between 0 and 100000, as a density within 3 Mpc/h"),
         ({"X": lambda t: t["X"] * 1e3}, "outside the box .*scale of position"),
         ({"X": lambda t: t["X"] - 25}, "outside the box"),
+        ({"X": lambda t: t["X"] / 1e3}, "along one axis all 400 rows lie within 0.0.*scale of position"),
         ({"smass": lambda t: t["smass"].astype(str) + "x"}, "does not hold numbers"),
     ],
 )
@@ -456,6 +457,9 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
 def test_a_halo_must_be_there_once(tmp_path: Path) -> None:
     frame = pandas.concat([table(), table().iloc[[5]]])
     with pytest.raises(SimulationError, match=r"2 rows are equal to another one .* row 5"):
+        run(write(frame, tmp_path / "t.parquet"), tmp_path / "out")
+    frame["color"] = np.arange(len(frame)) / 1e3  # with another galaxy
+    with pytest.raises(SimulationError, match=r"another one in position and log_halo_mass, such as row 5"):
         run(write(frame, tmp_path / "t.parquet"), tmp_path / "out")
 
 

@@ -89,6 +89,23 @@ def test_three_lines(folder: Path) -> None:
     assert not model.sample(table, n=20, seed=2).equals(draws)
 
 
+def test_the_draws_of_two_tables_are_independent(model: Model) -> None:
+    """Parts of a table, or boxes that are nearly the same, with the same seed."""
+    table = users(4000)
+    mean = truth(standard(table))[:, 1]  # type: ignore[arg-type]
+    nearly = table.assign(S_h=table["S_h"] * (1 + 1e-6))
+    noise = [
+        model.sample(part, n=1, seed=1)["color"].to_numpy() - expected
+        for part, expected in (
+            (table[:2000], mean[:2000]),
+            (table[2000:].reset_index(drop=True), mean[2000:]),
+            (nearly[:2000], mean[:2000]),
+        )
+    ]
+    correlation = np.corrcoef(noise)
+    assert np.abs(correlation - np.eye(3)).max() < 0.1
+
+
 def test_points_and_quantiles(model: Model) -> None:
     table = users()
     points = model.predict(table)
@@ -384,6 +401,10 @@ def test_the_result_is_no_table_of_the_user(model: Model, tmp_path: Path) -> Non
         predict_file(model, catalog, tmp_path / "out.csv", Wanted())
     with pytest.raises(SettingsError, match="is a folder: name the file"):
         predict_file(model, catalog, tmp_path, Wanted())
+    (tmp_path / "file").touch()
+    for nowhere in (tmp_path / "file" / "out.parquet", Path("/proc/none/out.parquet")):
+        with pytest.raises(SettingsError, match=r"nothing can be written to .* name a file elsewhere"):
+            predict_file(model, catalog, nowhere, Wanted())
 
 
 def test_a_property_called_like_a_column_of_ours_keeps_its_standard_name(tmp_path: Path) -> None:
@@ -489,6 +510,9 @@ def test_what_the_command_line_asks_for() -> None:
         parse_columns(["x", "a=b", "a=c"])
     with pytest.raises(ValueError, match="n is the number of samples"):
         Model.sample(None, None, 0)  # type: ignore[arg-type]
+    for wrong in ({"seed": -1}, {"samples": 2.0}):
+        with pytest.raises(ValueError, match=r"is a whole number from 0 on, got (-1|2\.0)"):
+            Wanted(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no level"):
         Model.quantiles(None, None, [])  # type: ignore[arg-type]
 

@@ -237,20 +237,25 @@ def fill_null_ssfr(
 
 
 def _refuse_twins(columns: Columns, where: str, numbers: NDArray[np.int64]) -> None:
-    """A halo that is there twice can be in two splits at once."""
+    """A halo that is there twice can be in two splits at once. It is known by its place and mass, or else by
+    all columns."""
     import pandas
 
+    place: list[str] = [
+        name for name in ("position", "log_halo_mass") if "position" in columns and name in columns
+    ]
+    compared = place or [name for name in columns if name != "log_ssfr"]  # which is drawn where it is none
     flat = {
         f"{name}_{i}": part
-        for name, values in columns.items()
-        if name != "log_ssfr"  # drawn where it is none
-        for i, part in enumerate(values.reshape(len(values), -1).T)
+        for name in compared
+        for i, part in enumerate(columns[name].reshape(len(numbers), -1).T)
     }
     twins = np.flatnonzero(pandas.DataFrame(flat).duplicated(keep=False).to_numpy())
     if twins.size:
         raise SimulationError(
-            f"{where}: {twins.size} rows are equal to another one in all columns, such as row "
-            f"{numbers[twins[0]]}: a halo must be there once"
+            f"{where}: {twins.size} rows are equal to another one in "
+            f"{' and '.join(place) or 'all columns'}, such as row {numbers[twins[0]]}: a halo must be there "
+            "once"
         )
 
 

@@ -47,6 +47,7 @@ QUANTITIES = {
 
 RESERVED = {"position", "split", "halo"}
 _COSMOLOGY = ("Omega_m", "Omega_b", "h", "n_s", "sigma_8")
+_MANY = 100  # rows that are all over a box
 _SHOWN = 5  # rows that an error names
 
 ColumnName = Annotated[str, Constraint(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -177,7 +178,8 @@ class PositionSource(StrictModel):
         Raises
         ------
         SimulationError
-            for positions outside the box; those on its upper face are those on the lower.
+            for positions outside the box, or all of them in a part of it; those on its upper face are those
+            on the lower.
         """
         parts = [table[name] for name in self.columns]
         values = np.stack(parts, axis=1) if len(parts) == 3 else parts[0]
@@ -195,6 +197,12 @@ class PositionSource(StrictModel):
                 f"{box_size:g}] Mpc/h ({_rows(outside, position)}): check box_size and the scale of position"
             )
         position = position.astype(kept)
+        extent = np.ptp(position, axis=0).min() if len(position) >= _MANY else box_size
+        if extent < box_size / 2:
+            raise SimulationError(
+                f"{where}: position: along one axis all {len(position)} rows lie within {extent:.3g} Mpc/h, "
+                f"in a box of {box_size:g} Mpc/h: check box_size and the scale of position"
+            )
         position[position >= kept(box_size)] = 0
         return position
 

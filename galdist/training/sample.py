@@ -2,11 +2,13 @@
 
 `fill` does so with whatever draws galaxies (`Drawer`): trained models, or a baseline.
 
-Rows are drawn in chunks, and a chunk's draws depend on the seed and its number alone: whoever makes it, in
-whatever order, on however many ranks. In memory are a chunk of samples and the rows that it is made for.
+Rows are drawn in chunks, and a chunk's draws depend on the seed, its number and its halos alone: whoever
+makes it, in whatever order, on however many ranks. In memory are a chunk of samples and the rows that it is
+made for.
 """
 
 import copy
+import hashlib
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -238,8 +240,11 @@ class Union(Drawer):
 
         (On the same kind of device: GPUs have other generators than CPUs.)
         """
+        # Without the halos, those of two tables would share their random numbers row by row.
+        halos = np.frombuffer(hashlib.sha256(inputs.tobytes()).digest(), np.uint32).tolist()
         generators = [
-            torch.Generator(self._device).manual_seed(_seed(seed, k, chunk)) for k in range(len(self.models))
+            torch.Generator(self._device).manual_seed(_seed(seed, k, chunk, *halos))
+            for k in range(len(self.models))
         ]
         rows = max(1, min(_ROWS, _DRAWS // n))
         return self._each(inputs, rows, lambda k, model, batch: model.sample(batch, n, generators[k]))
@@ -290,8 +295,8 @@ class Union(Drawer):
         return np.concatenate(parts)
 
 
-def _seed(seed: int, model: int, chunk: int) -> int:
-    return int(np.random.SeedSequence([seed, model, chunk]).generate_state(1, np.uint64)[0])
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def sample(config: SampleConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
