@@ -4,7 +4,7 @@ x has the power P(k) in each mode, y = W x + n with white noise of power N. The 
 each mode the mean P W y / (P W^2 + N), Wiener's filter, and the variance P N / (P W^2 + N).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +25,13 @@ class GaussianFields:
     """Power of the observation's noise; that of x is 1 on average."""
     smoothing: float = 1.0
     """Of the observation, Gaussian [cells]."""
+    scale: int = 1
+    """How many smaller boxes fit along a side of this one; it has their spectrum, at more wave numbers."""
+
+    @cached_property
+    def small(self) -> "GaussianFields":
+        """The smaller box."""
+        return replace(self, n_mesh=self.n_mesh // self.scale, scale=1)
 
     @cached_property
     def k(self) -> Tensor:
@@ -34,8 +41,7 @@ class GaussianFields:
 
     @cached_property
     def power(self) -> Tensor:
-        power = (2 + self.k) ** -2
-        return power / power.mean()
+        return (2 + self.k / self.scale) ** -2 / ((2 + self.small.k) ** -2).mean()
 
     @cached_property
     def window(self) -> Tensor:
