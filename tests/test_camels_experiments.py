@@ -1,6 +1,8 @@
 """The studies of CAMELS as they ship, on a small tree of its files: planned, and which boxes are for what."""
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 from universe import write_camels
 
+import galdist
 from galdist.config import load
 from galdist.plan import plan
+from galdist.run import Run
 from galdist.simulations.simulation import SelectionConfig
 from hpc.strict import SettingsError
 
@@ -82,3 +86,66 @@ def test_domains_do_not_share_boxes(tree: Path, monkeypatch: pytest.MonkeyPatch)
     tested = {step: {one.name for one, split in opened[step] if split == "test"} for step in ("tng", "early")}
     assert tested["tng"] == tested["early"] == {"IllustrisTNG_CV_25", "IllustrisTNG_CV_26"}
     assert all(one.particle_files[0].name == "snapshot_074.hdf5" for one, _ in opened["early"])
+
+
+def cut_down(name: str, out: Path, **values: object) -> Run:
+    """Run an experiment with other values; ``__`` stands for the dot of a key, ``_`` in a step for a dash."""
+    command = [sys.executable, "-m", "galdist", "run", name, "--site", "debug", "--out", str(out)]
+    for key, value in values.items():
+        step, _, rest = key.partition("__")
+        command += ["--set", f"{step.replace('_', '-')}.{rest.replace('__', '.')}={value}"]
+    log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1700)
+    assert log.returncode == 0, log.stdout[-3000:]
+    return galdist.open_run(out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_study_runs_on_mock_universes(tmp_path: Path) -> None:
+    """From simulation to the table of slopes, with networks that have learned next to nothing."""
+    pytest.importorskip("nbodykit", reason="nbodykit is not installed: run `make setup`")
+    small = {"simulations": 9, "box_size": 12.5, "n_particles": 24, "mesh_factor": 2}
+    mock = cut_down(
+        "camels-mock",
+        tmp_path / "mock",
+        **{f"lh_a__{key}": value for key, value in small.items()},
+        **{
+            f"{cv}__{key}": value
+            for cv in ("cv_a", "cv_b")
+            for key, value in (small | {"simulations": 1}).items()
+        },
+    )
+    selection = {
+        "path": mock.steps["lh-a"].path,
+        "suite": "MockA",
+        "min_stellar_mass": 1e9,
+        "split": "{validation: 0.12, test: 0.34}",
+    }
+    training = {
+        "model__channels": "[4, 8]",
+        "epochs": 1,
+        "batch_size": 4,
+        "data": "{crop: 8, crops_per_box: 4, halo: 4}",
+    }
+    run = cut_down(
+        "camels-conditioned",
+        tmp_path / "run",
+        grids__n_mesh=16,
+        **{f"{step}__{key}": value for step in ("grids", "catalog") for key, value in selection.items()},
+        **{f"{step}__{key}": value for step in ("told", "untold") for key, value in training.items()},
+        **{f"draws_{step}__halo": 4 for step in ("told", "untold")},
+        **{f"draws_{step}__tile": 16 for step in ("told", "untold")},
+        spectra__band="[0.5, 3]",
+        spectra__power_bands="[[0.5, 3]]",
+        spectra__response="[A_SN1]",
+        field_statistics__cells="[1, 2, 4]",
+        field_statistics__void_radii="[1, 2]",
+        field_statistics__bins=4,
+        field_statistics__coverage_cells=4,
+        report__boxes=1,
+    )
+    slopes = run.spectra()["response"]["quantities"]["n"]
+    assert set(slopes) == {"truth", "draws-told", "draws-untold", "hod"}
+    page = (Path(run.steps["report"].path) / "report.html").read_text()
+    assert "Response to parameters" in page
+    assert "Sether &amp; Giusarma (2024)" in page
