@@ -1,6 +1,8 @@
 """Tracer spectra on real ranks: 1, 2 and 4 give the same, and what they give is right."""
 
+import functools
 import gc
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,17 +20,18 @@ pytest.importorskip("nbodykit", reason="nbodykit is not installed: run `make set
 CONFIG = {"n_mesh": 32, "k_max": 0.6, "jackknife": 2}
 
 
-@pytest.fixture
-def steps(tmp_path):
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
     """Clustered halos of all tracers, few of tracer 5; seeds of a model, a copy of the truth, a model without
     tracers 1 and 5."""
+    folder = tmp_path_factory.mktemp("tracers")
     rng = np.random.default_rng(0)
     centers = rng.uniform(0, BOX, (150, 3))
     position = (centers.repeat(20, axis=0) + rng.normal(0, 3, (3000, 3))) % BOX
     truth = rng.choice(8, 3000, p=[0.01, 0.1, 0.1, 0.1, 0.1, 0.0, 0.39, 0.2])
     truth[[5, 1500, 2990]] = 5
-    predictions = tmp_path / "predictions"
-    write_centrals(tmp_path / "centrals", position, truth)
+    predictions = folder / "predictions"
+    write_centrals(folder / "centrals", position, truth)
     for seed in range(2):
         moved = rng.random(3000) < 0.3
         net = np.where(moved, rng.integers(0, 8, 3000), truth)
@@ -36,7 +39,7 @@ def steps(tmp_path):
     write_samples(predictions / "copy", truth[:, None], label="copy")
     without = np.where(np.isin(truth, [1, 5]), 6, truth)
     write_samples(predictions / "without", without[:, None], label="without")
-    return tmp_path, position, truth
+    return folder, position, truth
 
 
 def run_stage(folder, out, config):
@@ -44,6 +47,18 @@ def run_stage(folder, out, config):
     inputs = {"catalogs": [folder / "centrals"], "predictions": sorted((folder / "predictions").iterdir())}
     tracers(TracersConfig(**config), inputs, out)
     return load_tracers(out)["simulations"]["box"]
+
+
+@pytest.fixture(scope="module")
+def measured(mpirun, steps):
+    """Number of ranks -> the folder of the result, and what each rank read of it."""
+
+    @functools.cache
+    def by(ranks):
+        out = steps[0] / f"by-{ranks}"
+        return out, mpirun(ranks, run_stage, steps[0], out, CONFIG)
+
+    return by
 
 
 def leaves(value, path=()):
@@ -55,10 +70,9 @@ def leaves(value, path=()):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_agree(mpirun, steps, ranks):
-    folder = steps[0]
-    alone = mpirun(1, run_stage, folder, folder / "alone", CONFIG)[0]
-    for result in mpirun(ranks, run_stage, folder, folder / "together", CONFIG):
+def test_ranks_agree(measured, ranks):
+    alone = measured(1)[1][0]
+    for result in measured(ranks)[1]:
         found = dict(leaves(result))
         assert found.keys() == dict(leaves(alone)).keys()
         for path, value in leaves(alone):
@@ -73,9 +87,9 @@ def test_ranks_agree(mpirun, steps, ranks):
                 assert found[path] == value, path
 
 
-def test_the_result_is_that_of_the_galaxies(mpirun, steps):
-    folder, position, truth = steps
-    result = mpirun(2, run_stage, folder, folder / "out", CONFIG)[0]
+def test_the_result_is_that_of_the_galaxies(measured, steps):
+    _, position, truth = steps
+    result = measured(2)[1][0]
     assert result["k"].size == 9  # 0.0628 h/Mpc wide, centers up to 0.6
     assert result["k_min"][0] == pytest.approx(np.pi / BOX)
     np.testing.assert_array_equal(result["counts"]["truth"], np.bincount(truth, minlength=8))
@@ -177,25 +191,23 @@ def test_uniform_points_have_no_power_and_the_error_of_the_formula(mpirun):
     assert np.mean(pull[:, 2:] ** 2) == pytest.approx(1, abs=4 * np.sqrt(2 / pull[:, 2:].size))
 
 
-def test_an_interrupted_measurement_goes_on(mpirun, steps):
-    folder = steps[0]
-    out = folder / "out"
-    mpirun(2, run_stage, folder, out, CONFIG)
+def test_an_interrupted_measurement_goes_on(mpirun, measured, steps, tmp_path):
+    out = shutil.copytree(measured(2)[0], tmp_path / "out")
     written = (out / "tracers.json").read_bytes()
     parts = out / "parts" / "box"
     kept = parts / "copy.json"
     stamp = kept.stat().st_mtime_ns
     (out / "tracers.json").unlink()
     (parts / "net-0.json").unlink()
-    mpirun(2, run_stage, folder, out, CONFIG)
+    mpirun(2, run_stage, steps[0], out, CONFIG)
     assert kept.stat().st_mtime_ns == stamp
     assert (out / "tracers.json").read_bytes() == written
 
 
 @pytest.mark.parametrize("cross", ["none", "truth"])
-def test_cross_powers_are_measured_where_they_are_asked_for(mpirun, steps, cross):
-    folder = steps[0]
-    result = mpirun(1, run_stage, folder, folder / "out", {**CONFIG, "cross": cross, "jackknife": 0})[0]
+def test_cross_powers_are_measured_where_they_are_asked_for(mpirun, steps, tmp_path, cross):
+    config = {**CONFIG, "cross": cross, "jackknife": 0}
+    result = mpirun(1, run_stage, steps[0], tmp_path, config)[0]
     assert "with_truth" not in result
     assert list(result.get("cross", {})) == ([] if cross == "none" else ["truth"])
     assert "jackknife" not in result["tracers"]["1"]["truth"]
