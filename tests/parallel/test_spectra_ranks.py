@@ -392,7 +392,10 @@ def test_response_to_parameters_is_that_of_the_fields(mpirun, tmp_path):
             np.testing.assert_allclose(found, (slope, 0), atol=1e-9)
     np.testing.assert_allclose(rows["response_difference/blind/n/A_SN1"], (0.5, 0), atol=1e-9)
     assert load_spectra(tmp_path / "out")["response"]["parameters"] == ["A_SN1", "sigma_8"]
-    for wrong, message in (("A_SN", "response: box0: parameter .A_SN. is not there; did you mean"), ("Omega_m", "parameter .Omega_m. is not there")):
+    for wrong, message in (
+        ("A_SN", "response: box0: parameter .A_SN. is not there; did you mean"),
+        ("Omega_m", "parameter .Omega_m. is not there"),
+    ):
         with pytest.raises(ValueError, match=message):
             run_stage(tmp_path, tmp_path / "wrong", given | {"response": (wrong,)})
 
