@@ -405,11 +405,17 @@ def test_latex_takes_every_saved_table(page: str, run: Path, tmp_path: Path) -> 
         (0.12345, None, "0.1235"),
         (0.7, None, "0.7000"),
         (0.7, 0.02, "0.700 ± 0.020"),
+        (0.0031, 0.00012, "0.00310 ± 0.00012"),
+        (1.684e-5, 1.9e-6, "1.68e-05 ± 0.19e-05"),
         (float("nan"), 0.1, ""),
     ],
 )
 def test_numbers_have_the_digits_that_mean_something(value: float, error: float | None, text: str) -> None:
     assert tables.measured(value, error) == text
+
+
+def test_powers_of_ten_in_latex() -> None:
+    assert tables._cell(Cell("1.68e-05 ± 0.19e-05")) == r"$1.68\times 10^{-5} \pm 0.19\times 10^{-5}$"
 
 
 # Figures

@@ -31,7 +31,7 @@ _LATEX = {
     "\u202f": r"\,",
 }
 _ESCAPED = re.compile("|".join(map(re.escape, sorted(_LATEX, key=len, reverse=True))))
-_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]\d+)?( ± \d+(\.\d+)?)?")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]\d+)?( ± \d+(\.\d+)?(e[-+]\d+)?)?")
 
 
 @dataclass(frozen=True)
@@ -161,4 +161,9 @@ def measured(value: float, error: float | None = None) -> str:
     digits = max(0, 1 - math.floor(math.log10(error)))
     if value:  # a scatter between seeds can be tiny by chance
         digits = min(digits, max(0, 4 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f} ± {max(error, 10.0**-digits):.{digits}f}"
+    error = max(error, 10.0**-digits)
+    exponent = math.floor(math.log10(max(abs(value), error)))
+    if exponent < -3:
+        shown = max(0, digits + exponent)
+        return " ± ".join(f"{each * 10.0**-exponent:.{shown}f}e{exponent:03d}" for each in (value, error))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
