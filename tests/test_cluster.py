@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,29 @@ def identity(_: int) -> tuple[int, str | None]:
     return os.getpid(), os.environ.get("OMP_NUM_THREADS")
 
 
-def listening() -> set[str]:
-    """Addresses on which this process and its children listen."""
+@pytest.fixture
+def listening() -> Callable[[], set[str]]:
+    """Addresses on which this process, and those of its children that the test started, listen."""
     me = psutil.Process()
-    return {
-        connection.laddr.ip
-        for process in (me, *me.children(recursive=True))
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    others = set(me.children(recursive=True))
+
+    def found() -> set[str]:
+        return {
+            connection.laddr.ip
+            for process in (me, *(set(me.children(recursive=True)) - others))
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
+    return found
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_as_many_workers_as_the_launcher_asked_for(
-    n_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    n_workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    listening: Callable[[], set[str]],
 ) -> None:
     monkeypatch.setenv(mpi.VARIABLE, str(n_workers))
     monkeypatch.setenv(progress.VARIABLE, str(tmp_path / "progress.json"))
@@ -174,7 +184,9 @@ def test_directives_that_a_site_rejects(tmp_path: Path, monkeypatch: pytest.Monk
     assert f"--memory-limit {2**30} " in script, "Dask keeps to it all the same"
 
 
-def test_strangers_are_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_are_kept_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listening: Callable[[], set[str]]
+) -> None:
     """Who has no key cannot talk to the scheduler; who does not know its path cannot read the dashboard."""
     from distributed import Client
     from distributed.security import Security

@@ -246,7 +246,7 @@ def test_halos_that_are_sparser_than_those_learned_from_are_marked(steps: dict[s
         ([], {}, r"periodic box too: tell its side in Mpc/h as a number, such as box_size=205; got none"),
         ([], {"box_size": "wide"}, "got wide"),
         ([], {"box_size": "50"}, r"rows are outside the box \[0, 50\] Mpc/h"),
-        ([], {"box_size": "1.5", "X": "0", "Y": "0", "Z": "0"}, "linking length of 1 Mpc/h does not fit"),
+        ([], {"box_size": "1.5", **dict.fromkeys("XYZ", "small")}, "linking length of 1 Mpc/h does not fit"),
         (["Y"], {"box_size": "60"}, r"column 'Y' \(or y\) is missing: y \[Mpc/h\] places halos among"),
     ],
 )
@@ -255,7 +255,8 @@ def test_what_a_graph_needs_is_asked_for(
 ) -> None:
     model: Model = galdist.load_model(steps["graph-sqr"])
     with pytest.raises(SettingsError, match=message):
-        model.predict(users(steps).drop(columns=dropped), columns=columns)
+        table = users(steps).drop(columns=dropped)
+        model.predict(table.assign(small=np.linspace(0, 1.4, len(table))), columns=columns)
 
 
 def test_tables_without_positions_and_boxes_that_are_too_small_are_refused(
