@@ -254,9 +254,10 @@ def test_what_a_graph_needs_is_asked_for(
     steps: dict[str, Path], dropped: list[str], columns: dict[str, str], message: str
 ) -> None:
     model: Model = galdist.load_model(steps["graph-sqr"])
+    table = users(steps).drop(columns=dropped)
+    table["small"] = np.linspace(0, 1400, len(table))  # kpc/h, as in the table of the training
     with pytest.raises(SettingsError, match=message):
-        table = users(steps).drop(columns=dropped)
-        model.predict(table.assign(small=np.linspace(0, 1.4, len(table))), columns=columns)
+        model.predict(table, columns=columns)
 
 
 def test_tables_without_positions_and_boxes_that_are_too_small_are_refused(
