@@ -9,8 +9,8 @@ too, but not starting up (reading the table, fitting scales). Loops take turns; 
 The first table has one Gaussian network in all loops, with two hidden layers and Adam; that of scikit-learn,
 `MLPRegressor` with a fifth of the rows to validate, learns the mean alone. In the second the plain loop has
 each family's own network and loss. A graph has no plain loop: neighbors are what it would lack. SMOGN, last,
-balances two properties; the `smogn` package does one at a time, and has
-an environment of its own (`tests/benchmarks/peers.py`).
+balances two properties; the `smogn` package does one at a time, and has an environment of its own
+(`tests/benchmarks/peers.py`).
 """
 
 import json
