@@ -122,10 +122,11 @@ log "installing"
   pfft-python mpsort pmesh kdcount bigfile classylss nbodykit
 "$VENV/bin/pip" install -q --no-deps --no-index --no-build-isolation --no-cache-dir -e .
 
-# Two ranks must see each other: an mpirun of another MPI would start two jobs of one.
+# Two ranks must see each other: an mpirun of another MPI would start two jobs of one. One rank speaks for both,
+# for mpirun may mix the lines of several.
 mpirun=$("$VENV/bin/python" -c 'from hpc.site import Site; print(Site().find_mpirun())')
 sizes=$(OMP_NUM_THREADS=1 "$mpirun" -n 2 "$VENV/bin/python" -c \
-  'from hpc.mpi import world; import nbodykit.lab; print(world().size)' | sort | uniq -c | tr -s ' ')
-[ "$sizes" = " 2 2" ] || fail "two MPI ranks should each see a world of 2, but saw (count, size):$sizes"
+  'from hpc.mpi import world; import nbodykit.lab; comm = world(); sizes = comm.gather(comm.size); sizes and print(*sizes)')
+[ "$sizes" = "2 2" ] || fail "two MPI ranks should each see a world of 2, but saw ${sizes:-none}"
 echo "$stamp" >"$VENV/.galdist"
 log "galdist is ready: $VENV/bin/galdist"
