@@ -88,9 +88,9 @@ def test_astrid(shared_data: Path, tmp_path: Path) -> None:
         centrals__tables__0__parameters__file=shared_data / "camels_astrid_parameters.csv",
         sqr__sweep__seed="[1]",
         sqr__epochs=3,
-        flow__epochs=1,
+        flow__epochs=6,
         chain__epochs=3,
-        flow_halo__epochs=1,
+        flow_halo__epochs=6,
         scores__bootstrap=10,
         scores__floor_draws=5,
     )
