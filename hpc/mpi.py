@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ def world() -> Any:
         where the launcher started more ranks than this process sees. That happens when ``mpirun`` belongs to
         another MPI than the library mpi4py loads: every rank then believes it is alone and does all the work.
     """
-    if not any(name.startswith(("PMI", "OMPI_")) for name in os.environ):
-        # Alone, outside mpirun: no peer can ever call, so UCX need not listen on the network.
-        os.environ.setdefault("UCX_NET_DEVICES", "lo")
-    _remove_leftovers()
+    if "mpi4py.MPI" not in sys.modules:  # or MPI runs already
+        if not any(name.startswith(("PMI", "OMPI_")) for name in os.environ):
+            # Alone, outside mpirun: no peer can ever call, so UCX need not listen on the network.
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
+        _remove_leftovers()
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -54,17 +56,19 @@ def _remove_leftovers() -> None:
     of a process with its pid. Ranks that find such memory take it for that of their own world: they fail
     ("Out of memory"), wait forever, or read the addresses of the dead. Nobody else removes it.
     """
-    now = time.time()
-    with contextlib.suppress(FileNotFoundError):  # one that went meanwhile, or no such folder here
-        found = {file.name: file for file in _SHARED.glob("mpich_*_*_*") if now - file.stat().st_mtime > 1.0}
-        if not found:
-            return
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended, or is another user's
-                for name in _SEGMENTS.findall((process / "maps").read_text()):
-                    found.pop(name, None)
-        for file in found.values():
-            _remove_segment(file)
+    found = {}
+    for file in _SHARED.glob("mpich_*_*_*"):
+        with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+            if time.time() - file.stat().st_mtime > 1.0:
+                found[file.name] = file
+    if not found:
+        return
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            for name in _SEGMENTS.findall((process / "maps").read_text()):
+                found.pop(name, None)
+    for file in found.values():
+        _remove_segment(file)
 
 
 def _remove_segment(file: Path) -> None:
