@@ -1,20 +1,17 @@
 """The studies of CAMELS as they ship, on a small tree of its files: planned, and which boxes are for what."""
 
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import cut_down
 from universe import write_camels
 
-import galdist
 from galdist.config import load
 from galdist.plan import plan
-from galdist.run import Run
 from galdist.simulations.simulation import SelectionConfig
 from hpc.strict import SettingsError
 
@@ -86,17 +83,6 @@ def test_domains_do_not_share_boxes(tree: Path, monkeypatch: pytest.MonkeyPatch)
     tested = {step: {one.name for one, split in opened[step] if split == "test"} for step in ("tng", "early")}
     assert tested["tng"] == tested["early"] == {"IllustrisTNG_CV_25", "IllustrisTNG_CV_26"}
     assert all(one.particle_files[0].name == "snapshot_074.hdf5" for one, _ in opened["early"])
-
-
-def cut_down(name: str, out: Path, **values: object) -> Run:
-    """Run an experiment with other values; ``__`` stands for the dot of a key, ``_`` in a step for a dash."""
-    command = [sys.executable, "-m", "galdist", "run", name, "--site", "debug", "--out", str(out)]
-    for key, value in values.items():
-        step, _, rest = key.partition("__")
-        command += ["--set", f"{step.replace('_', '-')}.{rest.replace('__', '.')}={value}"]
-    log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1700)
-    assert log.returncode == 0, log.stdout[-3000:]
-    return galdist.open_run(out)
 
 
 @pytest.mark.slow

@@ -1,32 +1,18 @@
 """The studies of galaxies in halos as they ship, cut down: from simulation or table to the report."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import cut_down
 
-import galdist
 from galdist.catalogs.centrals import read_centrals
 from galdist.run import Run
 from galdist.simulations.formation import PHYSICS
 from galdist.statistics.scores import load_scores
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-
-
-def cut_down(name: str, out: Path, **values: object) -> Run:
-    """Run an experiment with other values; ``__`` stands for the dot of a key, ``_`` in a step for a dash."""
-    command = [sys.executable, "-m", "galdist", "run", name, "--site", "debug", "--out", str(out)]
-    for key, value in values.items():
-        step, _, rest = key.partition("__")
-        command += ["--set", f"{step.replace('_', '-')}.{rest.replace('__', '.')}={value}"]
-    log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3000)
-    assert log.returncode == 0, log.stdout[-3000:]
-    assert log.stdout.rstrip().endswith("report.html")
-    return galdist.open_run(out)
 
 
 def crps(run: Run, of: str) -> dict[str, float]:

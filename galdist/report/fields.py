@@ -37,6 +37,16 @@ def chunks(labels: Iterable[str]) -> list[list[str]]:
     return [part.tolist() for part in np.array_split(np.array(steps, str), number)]
 
 
+def part_of(part: int, parts: Sequence[Any]) -> tuple[str, str]:
+    """What a figure that is one of several adds to its name and title; the only one adds nothing."""
+    return (f"-{part}", f", {part} of {len(parts)}") if len(parts) > 1 else ("", "")
+
+
+def of_steps(found: Mapping[str, Any], steps: Sequence[str]) -> dict[str, Any]:
+    """What is labeled by the truth or by some steps."""
+    return {label: one for label, one in found.items() if label.partition(":")[0] in (TRUTH, *steps)}
+
+
 def further_draw(label: str) -> bool:
     """Whether a field is one of a step's draws, and not the first."""
     return re.search(r"_sample_[1-9]\d*$", label) is not None
@@ -73,9 +83,12 @@ def field_blocks(
             title = f"{where}, z = {redshift:.2g}" if where and len(groups) > 1 else f"z = {redshift:.2g}"
             parts = chunks(label for label in _labels(boxes) if label != TRUTH)
             for part, chosen in enumerate(parts, start=1):
-                shown = [_only(box, chosen) for box in boxes]
+                suffix, note = part_of(part, parts)
+                shown = [
+                    {**box, **{kind: of_steps(box[kind], chosen) for kind in ("fields", "samples")}}
+                    for box in boxes
+                ]
                 key = [_look(shown, label) for label in _labels(shown)]
-                suffix, note = (f"-{part}", f", {part} of {len(parts)}") if len(parts) > 1 else ("", "")
                 panels = _panels(shown)
                 blocks.append(
                     artist.block(f"{name}{suffix}", f"{title}{note}", caption, panels, [step], key=key)
@@ -138,15 +151,6 @@ def _quantity(name: str) -> str:
 
 def _labels(boxes: _Boxes) -> list[str]:
     return [label for label in boxes[0]["fields"] if all(label in box["fields"] for box in boxes)]
-
-
-def _only(box: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
-    """The truth and some steps."""
-
-    def kept(found: Mapping[str, Any]) -> dict[str, Any]:
-        return {label: one for label, one in found.items() if label.partition(":")[0] in (TRUTH, *chosen)}
-
-    return {**box, "fields": kept(box["fields"]), "samples": kept(box["samples"])}
 
 
 def _look(boxes: _Boxes, label: str) -> str:

@@ -21,7 +21,7 @@ from galdist.run import Run, RunError, Step
 from galdist.statistics.scores import FILE as SCORES
 from galdist.statistics.scores import Comparison, GroupRow, ScoreRow, load_scores
 from galdist.statistics.tracer_spectra import FILE as TRACERS
-from galdist.statistics.tracer_spectra import load_tracers
+from galdist.statistics.tracer_spectra import load_tracers, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -1087,12 +1087,9 @@ class _TracerBox:
                 ("Model", "rms", "largest", "between"), _strongest(cells), folded=True,
             )  # fmt: skip
 
-    def _sum(self, label: str, key: str) -> dict[str, Any]:
+    def _sum(self, label: str, key: str) -> Mapping[str, float | None]:
         """χ² of all tracers together."""
-        seeds = np.sum([found["seeds"] for found in self._each(label, key)], axis=0, dtype=float)
-        seeds = seeds[np.isfinite(seeds)]
-        error = float(seeds.std(ddof=1) / np.sqrt(seeds.size)) if seeds.size > 1 else None
-        return {"value": float(seeds.mean()) if seeds.size else None, "error": error}
+        return over_seeds(np.sum([found["seeds"] for found in self._each(label, key)], axis=0, dtype=float))
 
     def _between_draws(self, key: str) -> tuple[Row, ...]:
         """χ² between draws of the first model shown that has several."""

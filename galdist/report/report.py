@@ -27,7 +27,7 @@ from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
 from galdist.report.artist import Artist, Block, Panel
 from galdist.report.domains import Domains
-from galdist.report.fields import chunks, field_blocks, further_draw, response_tables
+from galdist.report.fields import chunks, field_blocks, further_draw, of_steps, part_of, response_tables
 from galdist.report.halos import MOST, HaloStudy
 from galdist.report.published import PUBLISHED
 from galdist.report.tables import Table, measured
@@ -390,8 +390,11 @@ def _spectra(
             name = f"{step.name}-{number}" if len(groups) > 1 else step.name
             shared = chunks(label for box in boxes.values() for label in box["cross"] if label != MATTER)
             for part, chosen in enumerate(shared, start=1):
-                shown = [_only(box, chosen) for box in boxes.values()]
-                suffix, note = (f"-{part}", f", {part} of {len(shared)}") if len(shared) > 1 else ("", "")
+                suffix, note = part_of(part, shared)
+                shown = [
+                    {**box, **{kind: _shown(box[kind], chosen) for kind in ("fields", "cross")}}
+                    for box in boxes.values()
+                ]
                 panels, key, about = _spectra_panels(shown), list(shown[0]["fields"]), caption
                 if len(key) > _FEW:  # legends of their own would leave the panels no room
                     panels = [Panel(partial(_without_legend, panel.draw), panel.alt) for panel in panels]
@@ -410,17 +413,10 @@ def _without_legend(draw: Callable[["Axes", "Palette"], None], ax: "Axes", palet
         legend.remove()
 
 
-def _only(box: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+def _shown(fields: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
     """Truth, matter, and the fields of some steps; of several draws the first."""
-
-    def kept(fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            label: found
-            for label, found in fields.items()
-            if label.partition(":")[0] in (TRUTH, MATTER, *chosen) and not further_draw(label)
-        }
-
-    return {**box, "fields": kept(box["fields"]), "cross": kept(box["cross"])}
+    kept = of_steps(fields, [MATTER, *chosen])
+    return {label: found for label, found in kept.items() if not further_draw(label)}
 
 
 def _spectra_panels(boxes: list[dict[str, Any]]) -> list[Panel]:

@@ -120,13 +120,14 @@ def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) 
     parameters = _parameters(config, samples)
     simulations = measure_each(samples, out, lambda sample: _measure(sample, out / "spectra" / sample.name))
     if comm.rank == 0:
-        durable.write_json(out / FILE, {"simulations": simulations})
-        found = load_spectra(out)["simulations"]
+        result: dict[str, Any] = {"simulations": simulations}
+        found = arrays(simulations)
         rows = _rows(config, found)
         if parameters:
             response = _response(config, parameters, list(found.values()))
-            durable.write_json(out / FILE, {"simulations": simulations, "response": plain(response)})
+            result["response"] = plain(response)
             rows += _response_rows(config, response)
+        durable.write_json(out / FILE, result)
         save_metrics(out, rows)
         progress.report(len(samples), len(samples))
     comm.barrier()

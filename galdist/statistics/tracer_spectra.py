@@ -451,7 +451,7 @@ def _of_label(
 ) -> dict[str, Any]:
     """A label's entry for one tracer; ``draws``: step -> its draws' entries."""
     unknown = np.full(in_band.size, np.nan)
-    number = _over_seeds([float(np.mean([draw["n"] for draw in seed])) for seed in draws.values()])
+    number = over_seeds([float(np.mean([draw["n"] for draw in seed])) for seed in draws.values()])
     powers = [[draw["power"] for draw in seed if draw["n"]] for seed in draws.values()]
     means = [np.mean(seed, axis=0) for seed in powers if seed]
     mean = np.mean(means, axis=0) if means else unknown
@@ -479,11 +479,11 @@ def _of_label(
             else math.nan
             for seed in powers
         ]
-        floor = _over_seeds(between)["value"]
+        floor = over_seeds(between)["value"]
         expected = [chi2 - distance / 2 for chi2, distance in zip(of_draws, between, strict=True)]
-        entry[f"chi2{suffix}"] = {**_over_seeds(of_draws), "seeds": of_draws, "self_floor": floor}
+        entry[f"chi2{suffix}"] = {**over_seeds(of_draws), "seeds": of_draws, "self_floor": floor}
         entry[f"chi2_expected{suffix}"] = {
-            **_over_seeds(expected),
+            **over_seeds(expected),
             "seeds": expected,
             "self_floor": None if floor is None else floor / 2,
         }
@@ -495,7 +495,7 @@ def _distance(first: Array, second: Array, variance: Array, bins: NDArray[np.boo
     return float(((first - second)[bins] ** 2 / variance[bins]).sum())
 
 
-def _over_seeds(values: Sequence[Any]) -> dict[str, float | None]:
+def over_seeds(values: Sequence[Any]) -> dict[str, float | None]:
     """Mean, scatter, and error of the mean over the seeds that have a value."""
     known = np.array([value for value in values if math.isfinite(value)])
     std = float(known.std(ddof=1)) if known.size > 1 else None
@@ -538,9 +538,9 @@ def _with_truth(
 def _correlation(seeds: Sequence[tuple[Array, Array, Array]], in_band: NDArray[np.bool_]) -> dict[str, Any]:
     """Mean cross power and r over seeds, from each one's P_ab, P_aa and P_bb."""
     each = [_stochasticity(*seed) for seed in seeds]
-    r = [_over_seeds(values) for values in zip(*each, strict=True)]
+    r = [over_seeds(values) for values in zip(*each, strict=True)]
     of_band = [values[in_band & np.isfinite(values)] for values in each]
-    mean = _over_seeds([float(values.mean()) if values.size else math.nan for values in of_band])
+    mean = over_seeds([float(values.mean()) if values.size else math.nan for values in of_band])
     return {
         "power": np.mean([cross for cross, _, _ in seeds], axis=0),
         "r": np.array([found["value"] for found in r], float),

@@ -57,7 +57,7 @@ def submit_and_die(folder: Path, n: int, early: bool = False) -> None:
 
 @pytest.mark.parametrize("early", [False, True], ids=["later", "before the id is written"])
 def test_a_job_is_adopted(early: bool, folder: Path) -> None:
-    submit_and_die(folder, 40, early)
+    submit_and_die(folder, 150, early)  # Slurm is asked every 5 s: the job runs long enough to be seen
     assert (durable.read_json(folder / ".slurm" / "job.json")["id"] is None) is early
     job = launch.attach(folder, SITE)
     assert job is not None
