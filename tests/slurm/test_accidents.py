@@ -48,7 +48,7 @@ def test_a_file_server_that_is_away_for_a_while(folder: Path) -> None:
 
 
 def test_the_other_signal_before_a_time_limit(folder: Path) -> None:
-    job = launch.submit(task("count", folder, more={"n": 60}), SITE)
+    job = launch.submit(task("count", folder, more={"n": 100}), SITE)
     until(lambda: counted(folder) > 3)
     slurm.run(["scancel", "--batch", "--signal=USR1", job_id(folder)])
     outcome = wait(job)

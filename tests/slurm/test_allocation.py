@@ -168,7 +168,7 @@ def test_a_rank_that_makes_no_sound(folder: Path) -> None:
 
 
 def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(folder: Path) -> None:
-    job = submit(task("count", folder, "ddp", more={"n": 60, "linger": 1.0}, ranks=2, nodes=2))
+    job = submit(task("count", folder, "ddp", more={"n": 100, "linger": 1.0}, ranks=2, nodes=2))
     until(lambda: counted(folder) > 5)
     id = job_id(folder)
     send(folder, "--batch", "--signal=USR2")
@@ -176,7 +176,7 @@ def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(folder: 
     outcome = wait(job)
     assert outcome.failures == ()
     assert outcome.earlier == (), "that is no failure"
-    assert counted(folder) == 60
+    assert counted(folder) == 100
     (_, first, _, _), (_, second, restart, _) = starts(folder)
     assert first == 0 < second
     assert restart == "1"
@@ -189,7 +189,7 @@ def test_before_its_time_limit_a_job_saves_and_goes_back_into_the_queue(folder: 
 
 def test_what_slurm_sends_to_the_ranks_alone(folder: Path) -> None:
     """The beginning of a preemption: the batch process hears nothing."""
-    job = submit(task("count", folder, "ddp", more={"n": 60, "linger": 1.0}, ranks=2, nodes=2))
+    job = submit(task("count", folder, "ddp", more={"n": 100, "linger": 1.0}, ranks=2, nodes=2))
     until(lambda: counted(folder) > 5)
     send(folder, "--signal=TERM")
     outcome = wait(job)
@@ -295,7 +295,7 @@ def test_slurm_ends_a_job_that_goes_back_before_it_has_answered(folder: Path, tm
     program.write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@"; status=$?; {waits}; exit $status\n')
     program.chmod(0o755)
     site = SITE.model_copy(update={"setup": (f"export PATH={program.parent}:$PATH",)})
-    job = submit(task("count", folder, more={"n": 60}), site)
+    job = submit(task("count", folder, more={"n": 100}), site)
     until(lambda: counted(folder) > 5)
     id = job_id(folder)
     send(folder, "--batch", "--signal=USR2")
@@ -307,7 +307,7 @@ def test_slurm_ends_a_job_that_goes_back_before_it_has_answered(folder: Path, tm
 
 def test_where_jobs_may_not_go_back_they_are_submitted_again(folder: Path) -> None:
     site = SITE.model_copy(update={"setup": ("scontrol update job=$SLURM_JOB_ID requeue=0",)})
-    job = submit(task("count", folder, more={"n": 60}), site)
+    job = submit(task("count", folder, more={"n": 100}), site)
     until(lambda: counted(folder) > 5)
     first = job_id(folder)
     send(folder, "--batch", "--signal=USR2")
@@ -315,7 +315,7 @@ def test_where_jobs_may_not_go_back_they_are_submitted_again(folder: Path) -> No
     assert outcome.failures == ()
     assert outcome.earlier == ()
     assert job_id(folder) != first
-    assert counted(folder) == 60
+    assert counted(folder) == 100
     assert len(starts(folder)) == 2
     assert "cannot go back into the queue: " in log(folder)
 

@@ -160,7 +160,7 @@ def test_an_array_runs_few_at_a_time(tmp_path: Path) -> None:
 
 def test_an_element_goes_back_into_the_queue_and_another_is_adopted(tmp_path: Path) -> None:
     folders = [tmp_path / f"member-{number}" for number in range(2)]
-    launch.submit_array([task("count", folder, more={"n": 50}) for folder in folders], SITE)
+    launch.submit_array([task("count", folder, more={"n": 100}) for folder in folders], SITE)
     for number, folder in enumerate(folders):
         until(lambda: counted(folder) > 3)  # noqa: B023
         if number == 0:
@@ -173,7 +173,7 @@ def test_an_element_goes_back_into_the_queue_and_another_is_adopted(tmp_path: Pa
     for job, folder in zip(jobs, folders, strict=True):
         assert job is not None
         assert wait(job).failures == ()
-        assert counted(folder) == 50
+        assert counted(folder) == 100
     assert [len(starts(folder)) for folder in folders] == [2, 1]
 
 
@@ -221,7 +221,7 @@ def test_members_of_an_array_ask_for_the_same(tmp_path: Path) -> None:
 
 
 def test_a_killed_batch_process_is_replaced(folder: Path) -> None:
-    job = launch.submit(task("count", folder, "ddp", more={"n": 60}, ranks=2, nodes=2), SITE)
+    job = launch.submit(task("count", folder, "ddp", more={"n": 100}, ranks=2, nodes=2), SITE)
     until(lambda: counted(folder) > 5)
     first, ranks_ = job_id(folder), [report(folder, number) for number in range(2)]
     os.kill(batch_process(folder), signal.SIGKILL)
@@ -230,7 +230,7 @@ def test_a_killed_batch_process_is_replaced(folder: Path) -> None:
     assert outcome.attempts == 2
     assert outcome.earlier[0].startswith(f"job {first}: its batch process ended on n")
     assert job_id(folder) != first
-    assert counted(folder) == 60
+    assert counted(folder) == 100
     assert starts(folder)[1][1] > 5
     assert not any(rank.is_alive(each) for each in ranks_)
 

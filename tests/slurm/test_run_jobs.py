@@ -218,7 +218,7 @@ def test_a_job_that_ends_while_nobody_looks(make: Callable[..., Run]) -> None:
     status_, text = run.run(LONG)
     assert status_ == 0, text
     assert [len(run.jobs(name)) for name in "ab"] == [1, 1]
-    assert 1 < run.record("a")["seconds"] < 6
+    assert 1 < run.record("a")["seconds"] < 15
 
 
 def test_killed_before_it_knew_the_jobs_id(make: Callable[..., Run]) -> None:
