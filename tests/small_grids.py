@@ -45,7 +45,11 @@ def make_grids(step: Path, n_mesh: int = 16, splits: Sequence[str] = SPLITS, see
         )
         for n, split in enumerate(splits)
     ]
-    fields = [Field(name="matter_counts"), Field(name="galaxy_counts"), Field(name="momentum", components=3)]
+    fields = [
+        Field(name="matter_counts", assignment="ngp"),
+        Field(name="galaxy_counts", assignment="ngp"),
+        Field(name="momentum", units="Msun/h km/s", components=3),
+    ]
     store = create_store(step / "grids.zarr", simulations, fields, n_mesh)
     wavenumbers = np.fft.fftfreq(n_mesh) * n_mesh
     k2 = sum(np.meshgrid(*[wavenumbers**2] * 3, indexing="ij"))

@@ -18,6 +18,7 @@ from galdist.training.train import TrainConfig, train
 from hpc import durable
 
 N_MESH = 32
+MATTER = Field(name="matter_counts", assignment="ngp")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,8 @@ def test_a_prediction_has_the_schema_of_the_truth(steps: dict[str, Path], tmp_pa
     for name in store:
         assert store[name].attrs == truth[name].attrs
         assert store[name].fields == ["galaxy_counts", "galaxy_probability"]
+        assert store[name].field("galaxy_counts") == truth[name].field("galaxy_counts")
+        assert store[name].field("galaxy_probability").assignment == "none"
         counts, probability = (store[name].read(field) for field in store[name].fields)
         assert counts.min() == 0 < counts.max()
         assert 0 <= probability.min() < probability.max() <= 1
@@ -148,7 +151,7 @@ def test_slabs_of_another_model_are_done_again(steps: dict[str, Path], tmp_path:
 def test_matter_alone_is_enough(steps: dict[str, Path], tmp_path: Path) -> None:
     """Boxes without galaxies: an N-body run that nobody has painted."""
     attrs = SimulationAttrs(name="dark", box_size=25.0, redshift=0.0, suite="dark", split="test")
-    store = create_store(tmp_path / "grids" / "grids.zarr", [attrs], [Field(name="matter_counts")], N_MESH)
+    store = create_store(tmp_path / "grids" / "grids.zarr", [attrs], [MATTER], N_MESH)
     matter = open_store(steps["grids"] / "grids.zarr")["box_2"].read("matter_counts")
     store["dark"].write("matter_counts", matter)
     run(steps, tmp_path / "known")
@@ -186,6 +189,8 @@ def test_draws_belong_to_their_voxels_whatever_the_tiles(counts: dict[str, Path]
         "galaxy_counts_sample_1",
         "galaxy_probability",
     ]
+    drawn = open_store(tmp_path / "whole" / "prediction.zarr")["box_2"].field("galaxy_counts_sample_1")
+    assert drawn.assignment == "ngp"
     for name in ("box_2", "box_3"):
         first, second = (whole[name, f"galaxy_counts_sample_{n}"] for n in (0, 1))
         # A voxel whose random number lies within rounding of a step may change.
@@ -224,10 +229,38 @@ def test_what_a_model_lacks_is_told_before_work_starts(counts: dict[str, Path], 
     with pytest.raises(ValueError, match="of which nothing can be drawn"):
         run(counts, tmp_path / "out", samples=1)
     attrs = SimulationAttrs(name="dark", box_size=25.0, redshift=0.0, suite="dark", split="test")
-    create_store(tmp_path / "grids" / "grids.zarr", [attrs], [Field(name="matter_counts")], N_MESH)
+    create_store(tmp_path / "grids" / "grids.zarr", [attrs], [MATTER], N_MESH)
     with pytest.raises(StoreError, match="simulation dark: parameter 'A_SN1' is not there"):
         run(counts | {"grids": tmp_path / "grids"}, tmp_path / "out", model="counts")
     assert not (tmp_path / "out").exists()
+
+
+def other_box(folder: Path, redshift: float = 0.0, n_mesh: int = N_MESH, assignment: str = "ngp") -> Path:
+    """Grids of one empty box of matter."""
+    attrs = SimulationAttrs(name="other", box_size=25.0, redshift=redshift, suite="dark", split="test")
+    field = MATTER.model_copy(update={"assignment": assignment})
+    create_store(folder / "grids.zarr", [attrs], [field], n_mesh)
+    return folder
+
+
+def test_grids_unlike_those_of_training_are_refused(steps: dict[str, Path], tmp_path: Path) -> None:
+    """A network knows cells, not Mpc/h, and what a field made with one scheme looks like."""
+    coarse = other_box(tmp_path / "coarse", n_mesh=16)
+    with pytest.raises(ValueError, match=r"cells of 1\.562 Mpc/h .* cells of 0\.7812 Mpc/h.* n_mesh = 32"):
+        run(steps | {"grids": coarse}, tmp_path / "out")
+    smooth = other_box(tmp_path / "smooth", assignment="cic")
+    with pytest.raises(ValueError, match=r"matter_counts was made with assignment 'cic', .*from 'ngp'"):
+        run(steps | {"grids": smooth}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_redshift_is_told_of(
+    steps: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(steps, tmp_path / "same")
+    assert "redshift" not in caplog.text
+    run(steps | {"grids": other_box(tmp_path / "early", redshift=0.47)}, tmp_path / "out")
+    assert "other is at redshift 0.47" in caplog.text
 
 
 def test_nothing_to_predict_is_an_error(steps: dict[str, Path], tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 import galdist
 from galdist.catalogs.catalog import open_catalog
 from galdist.catalogs.columns import PositionSource
-from galdist.models import Objective, from_description
+from galdist.grids.store import open_store
+from galdist.models import GridObjective, Objective, from_description
 from galdist.models.tables import TableObjective
 from hpc import durable
 
@@ -244,6 +245,51 @@ def table_facts(objective: Objective, catalogs: Sequence[Path]) -> dict[str, Any
     if citations:
         about["citation"] = list(citations)
     return about
+
+
+def grid_facts(objective: Objective, grids: Sequence[Path]) -> dict[str, Any]:
+    """What `model.yaml` says of the boxes that a model learns from; nothing for a model of tables.
+
+    ``grids``: the smallest and largest ``cell_size`` [Mpc/h] and ``redshift`` of the training boxes, and of
+    each of the ``fields`` that it is trained on the ``units`` and the ``assignment``.
+
+    Parameters
+    ----------
+    objective
+        trained or not.
+    grids
+        step folders with a `grids.zarr`.
+
+    Raises
+    ------
+    ValueError
+        where a field was made with one scheme in one box and with another in another.
+    """
+    if not isinstance(objective, GridObjective):
+        return {}
+    boxes = [
+        store[name]
+        for store in (open_store(g / "grids.zarr") for g in grids)
+        for name in store.names("train")
+    ]
+    fields: dict[str, dict[str, str]] = {}
+    for box in boxes:
+        for name in objective.fields:
+            found = box.field(name)
+            facts = {"units": found.units, "assignment": found.assignment}
+            if fields.setdefault(name, facts) != facts:
+                raise ValueError(
+                    f"{box.attrs.name}: {name} has {facts}, in {boxes[0].attrs.name} it has {fields[name]}; "
+                    "a model learns from boxes that were made alike: give their steps the same `fields`"
+                )
+    sizes, redshifts = [box.cell_size for box in boxes], [box.attrs.redshift for box in boxes]
+    return {
+        "grids": {
+            "cell_size": [min(sizes), max(sizes)],
+            "redshift": [min(redshifts), max(redshifts)],
+            "fields": fields,
+        }
+    }
 
 
 def describe_model(step: Path) -> dict[str, Any]:

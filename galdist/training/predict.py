@@ -8,6 +8,7 @@ Families that draw all voxels of a box jointly (`GridObjective.crops`) have no s
 when it is whole. Ranks share the crops of one draw, or, where a box is one crop, the draws.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,12 @@ from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_s
 from galdist.grids.store import Field as GridField
 from galdist.models import GridObjective
 from galdist.statistics.metrics import metric_row, save_metrics
-from galdist.training.checkpoint import load_model
+from galdist.training.checkpoint import describe_model, load_model
 from hpc import ddp, durable, progress
+
+log = logging.getLogger(__name__)
+
+_CELLS_ALIKE = 1.05  # boxes of 25 and of 205 Mpc/h have no cell size in common, but one to 3%
 
 
 class PredictConfig(StrictModel):
@@ -67,8 +72,9 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     Raises
     ------
     ValueError
-        where there is nothing to predict, the grids lack what the model reads, tiles or crops do not fit the
-        mesh, or samples are asked of a model that gives means.
+        where there is nothing to predict, the grids lack what the model reads, their cells differ by more
+        than 5% from those that the model learned from, fields were made with another assignment scheme, tiles
+        or crops do not fit the mesh, or samples are asked of a model that gives means.
     hpc.ddp.Stopped
         where a signal asked to stop, before the next tile or step of a draw; slabs and draws that are done
         stay.
@@ -87,6 +93,8 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
             )
         boxes = _boxes(inputs["grids"], config.split)
         n_mesh = _n_mesh(boxes, objective)
+        trained = describe_model(inputs["model"][0]).get("grids", {})
+        _check_alike(boxes, trained, inputs["model"][0], group.is_main)
         halo = objective.reach if config.halo is None else config.halo
         slabs = _slabs(tiles(n_mesh, config.tile, halo, objective.alignment))
         n_crops = objective.crops(n_mesh)
@@ -101,7 +109,10 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         parts = out / "parts"
         path = out / "prediction.zarr"
         if group.is_main and not _began(path, checksum):
-            fields = (*objective.outputs, *_drawn(objective, config.samples))
+            fields = [
+                _as_learned(field, trained)
+                for field in (*objective.outputs, *_drawn(objective, config.samples))
+            ]
             n_bytes = sum(4 * field.components for field in fields) * n_mesh**3 * len(boxes)
             durable.require_space(out, n_bytes, f"predictions of {len(boxes)} boxes before compression")
             shutil.rmtree(parts, ignore_errors=True)  # slabs of another store
@@ -341,6 +352,45 @@ def _n_mesh(boxes: Sequence[Box], objective: GridObjective) -> int:
     if len(meshes) > 1:
         raise ValueError(f"meshes differ ({meshes}); predict stores of one n_mesh")
     return next(iter(meshes))
+
+
+def _check_alike(boxes: Sequence[Box], trained: Mapping[str, Any], model: Path, tells: bool) -> None:
+    """Refuse boxes whose fields do not mean what they meant in training (``grids`` of `model.yaml`).
+
+    Another redshift is told of only: a model may be asked what it knows of other times.
+    """
+    if not trained:
+        log.warning("%s does not say what its grids were: they cannot be compared with these", model)
+        return
+    low, high = trained["cell_size"]
+    late, early = trained["redshift"]
+    for box in boxes:
+        grids = box.open()
+        if not low / _CELLS_ALIKE <= grids.cell_size <= high * _CELLS_ALIKE:
+            learned = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+            n_mesh = round(grids.attrs.box_size / min(max(grids.cell_size, low), high))
+            raise ValueError(
+                f"{box.name} has cells of {grids.cell_size:.4g} Mpc/h ({grids.attrs.box_size:g} Mpc/h in "
+                f"{grids.n_mesh}), but {model} learned from cells of {learned} Mpc/h: ingest it with about "
+                f"n_mesh = {n_mesh}, or train on cells of this size"
+            )
+        for name, facts in trained["fields"].items():
+            if name in grids.fields and (given := grids.field(name).assignment) != facts["assignment"]:
+                raise ValueError(
+                    f"{box.name}: {name} was made with assignment {given!r}, but {model} learned from "
+                    f"{facts['assignment']!r}: ingest both with one scheme (`assignment` of the field)"
+                )
+        if tells and not late <= grids.attrs.redshift <= early:
+            log.warning(
+                "%s is at redshift %.3g, %s learned from redshifts %.3g to %.3g",
+                *(box.name, grids.attrs.redshift, model, late, early),
+            )
+
+
+def _as_learned(field: GridField, trained: Mapping[str, Any]) -> GridField:
+    """A predicted field with the units and the assignment scheme of the field that was learned: it has that
+    scheme's window, as the truth has."""
+    return field.model_copy(update=trained.get("fields", {}).get(field.name.partition("_sample_")[0], {}))
 
 
 def _slabs(blocks: Sequence[Tile]) -> list[list[Tile]]:

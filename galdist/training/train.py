@@ -36,7 +36,14 @@ from galdist.data.datasets import CropsConfig, to_device
 from galdist.data.tables import RowsConfig
 from galdist.models import AnyModelConfig, Objective, build
 from galdist.statistics.metrics import metric_row, save_metrics
-from galdist.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model, table_facts
+from galdist.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    grid_facts,
+    load_model,
+    save_model,
+    table_facts,
+)
 from hpc import ddp, durable, progress
 
 log = logging.getLogger(__name__)
@@ -242,6 +249,7 @@ class _Training:
         parts = [load_model(step)[0] for step in inputs.get("models", [])]
         self.objective: Objective = build(config.model, parts)
         self.data: TrainingData = config.data.open(self.objective, inputs, out / "cache")
+        self.grid_facts = grid_facts(self.objective, inputs.get("grids", []))
 
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep_checkpoints)
         resumed: str | None = group.broadcast(self.checkpoints.latest() if group.is_main else None)
@@ -614,7 +622,8 @@ class _Training:
 
     def _finish(self) -> None:
         best = self.history[self.position.best_epoch]
-        facts = {"epoch": best["epoch"], "metrics": best, **table_facts(self.objective, self.catalogs)}
+        facts = {"epoch": best["epoch"], "metrics": best}
+        facts |= {**table_facts(self.objective, self.catalogs), **self.grid_facts}
         save_model(self.out / "model", self._validated(), self.best, facts)
         rows = [
             metric_row(name, "validation", value)

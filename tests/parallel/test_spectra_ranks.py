@@ -109,6 +109,24 @@ def test_ranks_agree(mpirun, random_fields, alone, measured, tmp_path, ranks):
                 np.testing.assert_allclose(found[path], value, rtol=1e-12, err_msg=str(path))
 
 
+def test_a_prediction_that_equals_the_truth_has_all_of_its_power(mpirun, tmp_path):
+    """Up to the Nyquist frequency, where the window of the scheme is felt most."""
+    counts = {"galaxy_counts": np.random.default_rng(5).poisson(0.3, (N_MESH,) * 3)}
+    write_store(tmp_path / "grids" / "grids.zarr", counts, assignment="ngp")
+    for name, assignment in (("same", "ngp"), ("unknown", "none")):
+        write_store(tmp_path / "predictions" / name / "prediction.zarr", counts, assignment=assignment)
+    config = {"matter": None, "band": (0.3, 3), "power_bands": [(0.3, 3)]}
+    cross = mpirun(1, run_stage, tmp_path, tmp_path / "out", config)[0]["box"]["cross"]
+    assert (cross["same"]["transfer"] == 1).all()
+    beyond_noise = np.isfinite(cross["same"]["transfer_subtracted"])
+    assert beyond_noise.any()
+    assert (cross["same"]["transfer_subtracted"][beyond_noise] == 1).all()
+    assert cross["same"]["r"] == pytest.approx(1, abs=1e-12)
+    rows = {row["metric"]: row["value"] for row in load_metrics(tmp_path / "out")}
+    assert rows["power_ratio/same/k0.3-3"] == 1
+    assert cross["unknown"]["transfer"][-1] < 0.9
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_plane_waves_have_the_power_correlation_and_transfer_of_the_formula(mpirun, tmp_path, ranks):
     amplitude = 0.25
