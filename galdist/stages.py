@@ -41,7 +41,7 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "simulate": Stage("galdist.simulations.simulate:simulate", "mpi", ranks=2),
-    "ingest": Stage("galdist.grids.ingest:ingest", "dask", ("simulations?",), ranks=2),
+    "ingest": Stage("galdist.grids.ingest:ingest", "dask", ("simulations?", "matter?"), ranks=2),
     "catalog": Stage("galdist.catalogs.catalog:catalog", "serial", ("simulations?",)),
     "centrals": Stage("galdist.catalogs.centrals:centrals", "serial", ("catalogs?",)),
     "smogn": Stage("galdist.catalogs.smogn:smogn", "serial", ("catalogs",)),

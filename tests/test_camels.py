@@ -21,7 +21,7 @@ def assert_holds(simulation: Simulation, truth: Truth) -> None:
     np.testing.assert_allclose(particles["position"], truth.position, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(particles["velocity"], truth.velocity, rtol=1e-6)
     np.testing.assert_allclose(particles["mass"], truth.mass, rtol=1e-6)
-    assert simulation.n_particles == len(truth.position)
+    assert simulation.n_particles() == len(truth.position)
     halos = simulation.halos()
     np.testing.assert_allclose(halos["position"], truth.halo_position, rtol=1e-5)
     np.testing.assert_allclose(halos["mass"], truth.halo_mass, rtol=1e-6)

@@ -17,7 +17,7 @@ def test_chunks_give_what_was_put_in(tmp_path: Path) -> None:
     truth = write_tng(tmp_path)
     simulation = open_simulations(tmp_path)[0]
     assert (simulation.name, simulation.set, len(simulation.particle_files)) == ("TNG10-1", "", 5)
-    assert simulation.n_particles == sum(map(simulation.n_particles_in, simulation.particle_files)) == 4096
+    assert simulation.n_particles() == sum(map(simulation.n_particles_in, simulation.particle_files)) == 4096
     position = np.concatenate(
         [simulation.particles(f, ("position",))["position"] for f in simulation.particle_files[:-1]]
     )

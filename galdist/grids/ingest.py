@@ -1,6 +1,7 @@
 """Stage ``ingest``: particles and galaxies of simulations become fields on meshes, in a grid store.
 
-Two kinds of Dask tasks, each the only writer of its files:
+Matter is that of the simulations, of other runs of the same initial conditions, or of all particles with mass
+(`galdist.grids.matter`). Two kinds of Dask tasks, each the only writer of its files:
 
 - *scatter*, one for each chunk of a snapshot: reads it in parts and writes its particles to the step's
 scratch
@@ -31,6 +32,7 @@ from pydantic import model_validator
 
 from galdist.config import StrictModel
 from galdist.grids.mass_assignment import REACH, Scheme, assign
+from galdist.grids.matter import MatterConfig, with_matter
 from galdist.grids.store import (
     Chunking,
     Field,
@@ -43,12 +45,18 @@ from galdist.grids.store import (
     create_store,
     open_store,
 )
-from galdist.simulations.simulation import SelectionConfig, Simulation, SimulationError
+from galdist.simulations.simulation import (
+    ALL_MATTER,
+    DARK_MATTER,
+    SelectionConfig,
+    Simulation,
+    SimulationError,
+)
 from hpc import cluster, durable, progress
 
 log = logging.getLogger(__name__)
 
-Tracer = Literal["particles", "galaxies"]
+Tracer = Literal["particles", "all_matter", "galaxies"]
 FieldName = Literal["matter_counts", "matter_mass", "matter_momentum", "galaxy_counts", "stellar_mass"]
 
 _PART = 1 << 19  # particles that a task holds at a time
@@ -101,6 +109,9 @@ class FieldConfig(StrictModel):
 class IngestConfig(SelectionConfig):
     """Which simulations become which fields."""
 
+    matter_of: MatterConfig | None = None
+    """Other runs of the same initial conditions whose matter takes the place of the simulations' own, such as
+    COLA. A step under the role ``matter`` says the same."""
     n_mesh: Annotated[int, Constraint(ge=4)] = 256
     """Cells along each side of the box."""
     fields: tuple[FieldConfig, ...] = (FieldConfig(name="matter_counts"), FieldConfig(name="galaxy_counts"))
@@ -139,8 +150,17 @@ class _Job:
     @property
     def files(self) -> tuple[Path, ...]:
         """What scatter tasks read: chunks of a snapshot one by one, a group catalogue at once."""
-        simulation = self.simulation
-        return simulation.particle_files if self.tracer == "particles" else simulation.group_files[:1]
+        return self.simulation.group_files[:1] if self.tracer == "galaxies" else self.source.particle_files
+
+    @property
+    def source(self) -> Simulation:
+        """The run whose files are read."""
+        return self.simulation if self.tracer == "galaxies" else self.simulation.matter
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Types of the particles."""
+        return ALL_MATTER if self.tracer == "all_matter" else (DARK_MATTER,)
 
     @property
     def n_slabs(self) -> int:
@@ -172,7 +192,9 @@ def ingest(config: IngestConfig, inputs: Mapping[str, list[Path]], out: Path) ->
     hpc.durable.NotEnoughSpace
         before work starts, where the disk cannot take the store and the scattered particles.
     """
-    simulations = config.open(inputs)
+    opened = config.open(inputs)
+    matched = with_matter([one for one, _ in opened], config, config.matter_of, inputs)
+    simulations = [(one, split) for one, (_, split) in zip(matched, opened, strict=True)]
     if any(KINDS[field.name].tracer == "galaxies" for field in config.fields):
         for simulation, _ in simulations:
             if not simulation.group_files:
@@ -209,6 +231,8 @@ def _jobs(config: IngestConfig, simulations: list[Simulation], path: Path, scrat
     tracers: dict[Tracer, tuple[FieldConfig, ...]] = {}
     for field in config.fields:
         tracer = KINDS[field.name].tracer
+        if tracer == "particles" and config.matter == "total" and KINDS[field.name].carries != "number":
+            tracer = "all_matter"
         tracers[tracer] = (*tracers.get(tracer, ()), field)
     thickness = config.chunking.edge(config.n_mesh)
     return [
@@ -239,7 +263,7 @@ def _create(config: IngestConfig, simulations: list[tuple[Simulation, str]], pat
         for field in config.fields
     ]
     attrs = [SimulationAttrs.of(simulation, cast(Split, split)) for simulation, split in simulations]
-    extra = {"min_stellar_mass": config.min_stellar_mass}
+    extra = {"min_stellar_mass": config.min_stellar_mass, "matter": config.matter}
     return create_store(path, attrs, fields, config.n_mesh, config.chunking, extra)
 
 
@@ -249,9 +273,10 @@ def _bytes_to_write(config: IngestConfig, tasks: list[tuple[_Job, list[int]]]) -
     for job, slabs in tasks:
         components = sum(KINDS[field.name].components for field in job.fields)
         stored += 4.0 * components * len(slabs) * job.thickness * job.n_mesh**2
-        if slabs and job.tracer == "particles":
+        if slabs and job.tracer != "galaxies":
             row = 8 * 3 + (12 if "velocity" in job.columns else 0) + (8 if "mass" in job.columns else 0)
-            scattered.append(row * job.simulation.n_particles * (1 + 4 / job.thickness))
+            n_particles = sum(map(job.source.n_particles, job.kinds))
+            scattered.append(row * n_particles * (1 + 4 / job.thickness))
     return stored + sum(sorted(scattered)[-2:])
 
 
@@ -328,9 +353,10 @@ def _parts(job: _Job, index: int) -> Iterator[dict[str, NDArray[Any]]]:
             yield {name: galaxies[name] for name in job.columns}
         return
     file = job.files[index]
-    n_rows = job.simulation.n_particles_in(file)
-    for start in range(0, n_rows, _PART):
-        yield job.simulation.particles(file, job.columns, start, min(start + _PART, n_rows))
+    for kind in job.kinds:
+        n_rows = job.source.n_particles_in(file, kind)
+        for start in range(0, n_rows, _PART):
+            yield job.source.particles(file, job.columns, start, min(start + _PART, n_rows), kind)
 
 
 def _source(job: _Job, index: int) -> list[dict[str, Any]]:
@@ -392,10 +418,11 @@ def _paint(job: _Job, slab: int, scattered: list[None]) -> None:
         durable.read_json(job.scattered(index).with_suffix(".json")) for index in range(len(job.files))
     ]
     n_read = sum(index["n"] for index in indices)
-    if job.tracer == "particles" and n_read != job.simulation.n_particles:
+    expected = sum(map(job.source.n_particles, job.kinds))
+    if job.tracer != "galaxies" and n_read != expected:
         raise SimulationError(
             f"{job.simulation.name}: {n_read} particles in {len(job.files)} files, Header/NumPart_Total of "
-            f"{job.files[0]} says {job.simulation.n_particles}: a chunk is missing or of another snapshot"
+            f"{job.files[0]} says {expected}: a chunk is missing or of another snapshot"
         )
     grids = open_store(job.store, mode="r+")[job.simulation.name]
     first = slab * job.thickness

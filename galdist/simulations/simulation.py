@@ -25,7 +25,8 @@ from galdist.simulations import READERS
 from hpc import rank
 from hpc.strict import did_you_mean
 
-DARK_MATTER, STARS = 1, 4
+GAS, DARK_MATTER, STARS, BLACK_HOLES = 0, 1, 4, 5  # types of particles
+ALL_MATTER = (GAS, DARK_MATTER, STARS, BLACK_HOLES)
 NO_SUBHALO = 4294967295  # -1 of a group without subhalos, where the field is unsigned
 Columns = dict[str, NDArray[Any]]
 Matter = Literal["nbody", "hydro"]
@@ -56,6 +57,13 @@ class Simulation:
     n_s: float | None = None
     astrophysics: dict[str, float] = field(default_factory=dict)
     seed: int | None = None
+    matter_twin: "Simulation | None" = None
+    """Another run of the same initial conditions, whose matter takes the place of this one's."""
+
+    @property
+    def matter(self) -> "Simulation":
+        """Whose particles are the matter."""
+        return self.matter_twin or self
 
     @cached_property
     def _snapshot(self) -> "Header":
@@ -84,14 +92,13 @@ class Simulation:
         }
         return {key: float(value) for key, value in known.items() if value is not None}
 
-    @property
-    def n_particles(self) -> int:
-        """Dark-matter particles in all chunks of the snapshot, as the headers say."""
-        return self._snapshot.n_total(DARK_MATTER)
+    def n_particles(self, kind: int = DARK_MATTER) -> int:
+        """Particles of a type in all chunks of the snapshot, as the headers say."""
+        return self._snapshot.n_total(kind)
 
-    def n_particles_in(self, file: Path) -> int:
-        """Dark-matter particles in one chunk of the snapshot."""
-        return read_header(file).n_here(DARK_MATTER)
+    def n_particles_in(self, file: Path, kind: int = DARK_MATTER) -> int:
+        """Particles of a type in one chunk of the snapshot."""
+        return read_header(file).n_here(kind)
 
     def particles(
         self,
@@ -99,8 +106,9 @@ class Simulation:
         columns: Sequence[str] = ("position", "velocity", "mass"),
         start: int = 0,
         stop: int | None = None,
+        kind: int = DARK_MATTER,
     ) -> Columns:
-        """Dark-matter particles ``start:stop`` of one chunk of the snapshot.
+        """Particles ``start:stop`` of a type in one chunk of the snapshot.
 
         Parameters
         ----------
@@ -112,17 +120,19 @@ class Simulation:
             or float64).
         start, stop
             rows, so that a chunk can be read in parts.
+        kind
+            type of the particles: 0 gas, 1 dark matter, 4 stars and gas in winds, 5 black holes.
 
         Raises
         ------
         SimulationError
             for a field that is missing, a file that cannot be read and positions outside the box.
         """
-        group = f"PartType{DARK_MATTER}"
+        group = f"PartType{kind}"
         out: Columns = {}
         with _open(file) as hdf5:
             header = _header_of(hdf5, file)
-            n_rows = header.n_here(DARK_MATTER)
+            n_rows = header.n_here(kind)
             rows = slice(start, n_rows if stop is None else min(stop, n_rows))
             for column in columns:
                 if n_rows == 0:  # such a chunk has no fields
@@ -134,20 +144,20 @@ class Simulation:
                     values = _read(hdf5, f"{group}/Velocities", rows)
                     out[column] = values * values.dtype.type(header.velocity * np.sqrt(header.scale_factor))
                 elif column == "mass":
-                    out[column] = self._masses(hdf5, header, rows)
+                    out[column] = self._masses(hdf5, header, rows, kind)
                 else:
                     raise SimulationError(f"{file}: no column {column!r}: position, velocity, mass are known")
         return out
 
-    def _masses(self, hdf5: Any, header: "Header", rows: slice) -> NDArray[Any]:
+    def _masses(self, hdf5: Any, header: "Header", rows: slice, kind: int) -> NDArray[Any]:
         table = header.attributes.get("MassTable")
-        mass = 0.0 if table is None else float(np.atleast_1d(table)[DARK_MATTER])
+        mass = 0.0 if table is None else float(np.atleast_1d(table)[kind])
         if mass > 0:
             return np.full(rows.stop - rows.start, mass * header.mass)
-        field = f"PartType{DARK_MATTER}/Masses"
+        field = f"PartType{kind}/Masses"
         if field not in hdf5:
             raise SimulationError(
-                f"{header.file}: no particle masses: Header/MassTable[{DARK_MATTER}] is {mass:g} "
+                f"{header.file}: no particle masses: Header/MassTable[{kind}] is {mass:g} "
                 f"and there is no {field}"
             )
         return _read(hdf5, field, rows).astype(np.float64) * header.mass
@@ -194,9 +204,10 @@ class SelectionConfig(StrictModel):
     """Such as L25n256; may be left out where there is one. CAMELS only."""
     snapshot: Annotated[int, Field(ge=0)] | None = None
     """Number of the snapshot; that of z = 0 by default."""
-    matter: Matter | None = None
+    matter: Matter | Literal["total"] | None = None
     """``nbody``: dark matter of the N-body twins (default of CAMELS). ``hydro``: of the runs with galaxies
-    (default of TNG)."""
+    (default of TNG). ``total``: of the runs with galaxies; masses and momenta are those of dark matter, gas,
+    stars and black holes, counts those of dark matter still."""
     where: dict[str, Range] = Field(default_factory=dict)
     """Only simulations whose parameters are in these ranges, such as ``A_SN1: [2, null]``: at least the first
     number, below the second; null for no bound. Parameters are those of cosmology and astrophysics."""
@@ -226,7 +237,7 @@ class SelectionConfig(StrictModel):
             )
         where = {"volume": self.volume} if self.format == "camels" else {}
         if self.matter is not None:
-            where["matter"] = self.matter
+            where["matter"] = "hydro" if self.matter == "total" else self.matter
         opener: Callable[..., list[Simulation]] = rank.load(READERS[self.format])
         found = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshot, **where)
         simulations = [
