@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="'matter_counts' is given twice"):
         objective(targets=[{"field": "matter_counts"}])
     with pytest.raises(ValueError, match=r"'momentum' is a vector.*\[standardize\]"):
-        objective(targets=[{"field": "momentum", "components": 3}])
+        objective(targets=[{"field": "momentum", "components": 3, "normalization": ["log1p"]}])
     with pytest.raises(ValueError, match="builds on no other"):
         build(DiffusionConfig(channels=(2,)), [objective()])
     with pytest.raises(ValueError, match="has 3 components, not the 1"):

@@ -6,12 +6,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from universe import Truth, make_truth, write_camels, write_groups, write_snapshot
 
+from galdist.data.transforms import Normalization
 from galdist.grids.ingest import IngestConfig, ingest
 from galdist.grids.mass_assignment import assign
-from galdist.grids.store import SimulationGrids, open_store
+from galdist.grids.store import Field, SimulationAttrs, SimulationGrids, create_store, open_store
+from galdist.models.r2unet import R2UNetClassifierConfig
+from galdist.models.voxels import InputConfig
 from galdist.simulations.simulation import SimulationError
+from galdist.training.predict import PredictConfig, predict
+from galdist.training.train import TrainConfig, train
 
 N_MESH = 8
 
@@ -120,3 +126,90 @@ def test_total_matter_is_all_particles_with_their_masses(tmp_path: Path) -> None
     np.testing.assert_allclose(grids.read("matter_counts"), dark, rtol=1e-5, atol=1e-5)
     only = ingested(tmp_path / "dark", path=tmp_path, matter="hydro", fields=fields)
     np.testing.assert_allclose(only.read("matter_mass"), 6.5e9 * dark, rtol=1e-5, atol=1e5)
+
+
+def test_the_velocity_of_a_uniform_flow_is_the_flow_and_zero_where_nothing_is(tmp_path: Path) -> None:
+    """And of other flows the momentum over the mass, of particles of different masses."""
+    truth = write_camels(tmp_path / "flow", 1, 600, masses="field")["MockA_CV_0"]
+    rng = np.random.default_rng(3)
+    truth.mass = rng.uniform(1e9, 1e10, 600)
+    truth.position[:, 2] %= 12  # the other half is empty
+    moving = truth.velocity.copy()
+    truth.velocity[:] = (100.0, -200.0, 50.0)
+    folder = tmp_path / "flow" / "Sims/MockA_DM/L25n16/CV/CV_0"
+    write_snapshot(folder, truth, masses="field")
+    fields = [{"name": name} for name in ("matter_mass", "matter_velocity", "matter_momentum")]
+    flow = ingested(tmp_path / "a", path=tmp_path / "flow", fields=fields)
+    velocity, full = flow.read("matter_velocity"), flow.read("matter_mass") > 0
+    assert 0.1 < full.mean() < 0.8
+    assert (velocity[:, ~full] == 0).all()
+    for component, speed in enumerate((100.0, -200.0, 50.0)):
+        np.testing.assert_allclose(velocity[component][full], speed, rtol=1e-5)
+    assert flow.field("matter_velocity").units == "km/s"
+    truth.velocity[:] = moving
+    write_snapshot(folder, truth, masses="field")
+    grids = ingested(tmp_path / "b", path=tmp_path / "flow", fields=fields)
+    mass = grids.read("matter_mass").astype("f8")
+    ratio = grids.read("matter_momentum")[:, full] / mass[full]
+    np.testing.assert_allclose(grids.read("matter_velocity")[:, full], ratio, rtol=1e-5, atol=1e-3)
+    assert np.abs(ratio).max() > 100
+
+
+def test_a_network_learns_from_velocities(tmp_path: Path) -> None:
+    """Galaxies are where flows converge, which a network that sees no velocities cannot know. Crops of the
+    training are turned: only what turns with them as a vector still converges there."""
+    random = np.random.default_rng(0)
+    simulations = [
+        SimulationAttrs(name=f"box_{n}", box_size=25.0, redshift=0.0, suite="flow", split=split)
+        for n, split in enumerate(("train", "train", "validation", "test"))
+    ]
+    fields = [
+        Field(name="matter_counts"),
+        Field(name="galaxy_counts"),
+        Field(name="matter_velocity", components=3, units="km/s"),
+    ]
+    store = create_store(tmp_path / "grids" / "grids.zarr", simulations, fields, 16)
+    for name in store:
+        velocity = random.normal(0, 300, (3, 16, 16, 16)).astype("f4")
+        converging = -sum(np.roll(velocity[i], -1, 2 - i) - np.roll(velocity[i], 1, 2 - i) for i in range(3))
+        galaxies = (converging > np.quantile(converging, 0.9)).astype("f4")
+        store[name].write("matter_counts", np.ones((16, 16, 16), "f4") + random.random((16, 16, 16), "f4"))
+        store[name].write("galaxy_counts", galaxies)
+        store[name].write("matter_velocity", velocity)
+
+    inputs = [{"field": "matter_counts"}, {"field": "matter_velocity", "components": 3}]
+    training = {
+        "model": {
+            "name": "inception-regressor",
+            "loss": "poisson",
+            "branches": [4, 8, 4, 2],
+            "inputs": inputs,
+        },
+        "data": {"crop": 16, "crops_per_box": 16, "workers": 0, "tile": 16},
+        "epochs": 8,
+        "batch_size": 4,
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    steps = {"grids": [tmp_path / "grids"]}
+    train(TrainConfig.model_validate(training), steps, tmp_path / "model")
+    predict(PredictConfig(tile=16), {**steps, "model": [tmp_path / "model"]}, tmp_path)
+    predicted = open_store(tmp_path / "prediction.zarr")["box_3"].read("galaxy_counts")
+    truth = store["box_3"].read("galaxy_counts")
+    assert np.corrcoef(predicted.ravel(), truth.ravel())[0, 1] > 0.6
+
+
+def test_vectors_are_scaled_and_not_shifted() -> None:
+    entry = InputConfig(field="matter_velocity", components=3)
+    assert entry.normalization == ("scale",)
+    assert InputConfig(field="matter_counts").normalization == ("log1p", "standardize")
+    velocity = np.random.default_rng(1).normal(100, 300, (3, 8, 8, 8)).astype("f4")
+    normalization = Normalization(entry.normalization)
+    normalization.fit(lambda: iter([velocity]))
+    x = torch.from_numpy(velocity)
+    assert normalization(x).square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert torch.equal(normalization(-x), -normalization(x))
+    torch.testing.assert_close(normalization.inverse(normalization(x)), x)
+    with pytest.raises(ValueError, match="'matter_velocity' is a vector"):
+        R2UNetClassifierConfig(inputs=({**entry.model_dump(), "normalization": ("log1p",)},))
+    with pytest.raises(ValueError, match="zero everywhere"):
+        normalization.fit(lambda: iter([np.zeros(8, np.float32)]))

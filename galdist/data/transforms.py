@@ -1,6 +1,7 @@
 """Invertible normalizations fitted to the training split, and the 48 symmetries of the cube."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-TransformName = Literal["log1p", "standardize"]
+TransformName = Literal["log1p", "standardize", "scale"]
 
 N_SYMMETRIES = 48
 _PERMUTATIONS = tuple(itertools.permutations(range(3)))  # of the axes (z, y, x)
@@ -78,7 +79,33 @@ class Standardize(Transform):
         return y * self.std + self.mean
 
 
-_TRANSFORMS: dict[TransformName, type[Transform]] = {"log1p": Log1p, "standardize": Standardize}
+class Scale(Transform):
+    """y = x / rms: for components of vectors, which may not be shifted, for a shift is no vector."""
+
+    rms: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rms", torch.ones(()))
+
+    def fit(self, mean: float, std: float) -> None:
+        rms = math.hypot(mean, std)
+        if not rms > 0:
+            raise ValueError("scale needs a field that is not zero everywhere")
+        self.rms.fill_(rms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.rms
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.rms
+
+
+_TRANSFORMS: dict[TransformName, type[Transform]] = {
+    "log1p": Log1p,
+    "standardize": Standardize,
+    "scale": Scale,
+}
 
 
 class Normalization(nn.Module):

@@ -57,10 +57,15 @@ from hpc import cluster, durable, progress
 log = logging.getLogger(__name__)
 
 Tracer = Literal["particles", "all_matter", "galaxies"]
-FieldName = Literal["matter_counts", "matter_mass", "matter_momentum", "galaxy_counts", "stellar_mass"]
+FieldName = Literal[
+    "matter_counts", "matter_mass", "matter_momentum", "matter_velocity", "galaxy_counts", "stellar_mass"
+]
 
 _PART = 1 << 19  # particles that a task holds at a time
 _BLOCK = 8  # rows of cells, along z and y, that particles are grouped by within a slab
+
+
+_Carries = Literal["number", "mass", "momentum", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -69,27 +74,29 @@ class _Kind:
 
     tracer: Tracer
     units: str = ""
-    carries: Literal["number", "mass", "momentum"] = "number"
+    carries: _Carries = "number"
     scheme: Scheme = "cic"
 
     @property
     def components(self) -> Literal[1, 3]:
-        return 3 if self.carries == "momentum" else 1
+        return 3 if self.carries in ("momentum", "velocity") else 1
 
 
 KINDS: dict[FieldName, _Kind] = {
     "matter_counts": _Kind("particles"),
     "matter_mass": _Kind("particles", "Msun/h", "mass"),
     "matter_momentum": _Kind("particles", "Msun/h km/s", "momentum"),
+    "matter_velocity": _Kind("particles", "km/s", "velocity"),
     "galaxy_counts": _Kind("galaxies", scheme="ngp"),
     "stellar_mass": _Kind("galaxies", "Msun/h", "mass", "ngp"),
 }
 
 
-_COLUMNS: dict[str, tuple[str, ...]] = {
+_COLUMNS: dict[_Carries, tuple[str, ...]] = {
     "number": ("position",),
     "mass": ("position", "mass"),
     "momentum": ("position", "mass", "velocity"),
+    "velocity": ("position", "mass", "velocity"),
 }
 
 
@@ -427,20 +434,31 @@ def _paint(job: _Job, slab: int, scattered: list[None]) -> None:
     grids = open_store(job.store, mode="r+")[job.simulation.name]
     first = slab * job.thickness
     mesh = np.empty((job.thickness, job.n_mesh, job.n_mesh))
+    mass = (
+        np.empty_like(mesh) if any(KINDS[field.name].carries == "velocity" for field in job.fields) else None
+    )
+
+    def fill(mesh: NDArray[np.float64], field: FieldConfig, carries: _Carries, component: int | None) -> None:
+        mesh.fill(0)
+        for columns in _slab_columns(job, indices, slab, _COLUMNS[carries]):
+            weights = None
+            if carries != "number":
+                weights = columns["mass"]
+            if component is not None:
+                weights = columns["mass"] * columns["velocity"][:, component].astype(np.float64)
+            box_size = job.simulation.box_size
+            assign(columns["position"], box_size, job.n_mesh, field.scheme, weights, mesh, first)
+
     statistics: dict[str, list[dict[str, float]]] = {}
     for field in job.fields:
         carries = KINDS[field.name].carries
         statistics[field.name] = []
+        if mass is not None and carries == "velocity":
+            fill(mass, field, "mass", None)
         for component in range(3) if KINDS[field.name].components == 3 else (None,):
-            mesh.fill(0)
-            for columns in _slab_columns(job, indices, slab, _COLUMNS[carries]):
-                weights = None
-                if carries != "number":
-                    weights = columns["mass"]
-                if component is not None:
-                    weights = columns["mass"] * columns["velocity"][:, component].astype(np.float64)
-                box_size = job.simulation.box_size
-                assign(columns["position"], box_size, job.n_mesh, field.scheme, weights, mesh, first)
+            fill(mesh, field, carries, component)
+            if mass is not None and carries == "velocity":
+                np.divide(mesh, mass, out=mesh, where=mass > 0)  # no momentum where there is no mass
             values = _narrow(mesh)
             statistics[field.name].append(_moments(values))
             grids.write(field.name, values, start=first, component=component)

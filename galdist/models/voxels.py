@@ -92,8 +92,11 @@ class InputConfig(StrictModel):
     field: str
     components: Literal[1, 3] = 1
     """3 for vector fields."""
-    normalization: tuple[TransformName, ...] = ("log1p", "standardize")
-    """Applied in this order; fitted to the training split and saved with the weights."""
+    normalization: tuple[TransformName, ...] = Constraint(
+        default_factory=lambda given: ("scale",) if given.get("components") == 3 else ("log1p", "standardize")
+    )
+    """Applied in this order; fitted to the training split and saved with the weights. By default `log1p` and
+    `standardize`; of vectors `scale`."""
 
 
 class VoxelConfig(ModelConfig):
@@ -114,6 +117,12 @@ class VoxelConfig(ModelConfig):
     def _once(cls, inputs: tuple[InputConfig, ...]) -> tuple[InputConfig, ...]:
         if len({entry.field for entry in inputs}) < len(inputs):
             raise ValueError("a field is given twice")
+        for entry in inputs:
+            if entry.components > 1 and "log1p" in entry.normalization:
+                raise ValueError(
+                    f"field {entry.field!r} is a vector, whose components may be negative, and log1p cannot "
+                    "take them: leave its normalization out"
+                )
         return inputs
 
     @field_validator("parameters")
