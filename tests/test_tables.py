@@ -25,7 +25,7 @@ from galdist.models import build
 from galdist.models.tables import TableConfig, TableObjective
 from galdist.training import train as loop
 from galdist.training.checkpoint import Checkpoints, load_model
-from galdist.training.train import TrainConfig, _Training, train
+from galdist.training.train import TrainConfig, Training, train
 from hpc import ddp
 
 CPU = torch.device("cpu")
@@ -294,11 +294,11 @@ def test_a_training_cut_anywhere_ends_with_the_same_weights(
         return load_file(out / "model" / "weights.safetensors")
 
     whole = result(tmp_path / "whole")
-    taken = _Training._next_step
+    taken = Training._next_step
     for cut in (1, 4, 17, 29):
         left = [cut]
 
-        def until_then(self: _Training, left: list[int] = left) -> Any:
+        def until_then(self: Training, left: list[int] = left) -> Any:
             left[0] -= 1
             if left[0] < 0:
                 raise InterruptedError
@@ -306,7 +306,7 @@ def test_a_training_cut_anywhere_ends_with_the_same_weights(
 
         out = tmp_path / f"cut-{cut}"
         with monkeypatch.context() as patch:
-            patch.setattr(_Training, "_next_step", until_then)
+            patch.setattr(Training, "_next_step", until_then)
             with pytest.raises(InterruptedError):
                 result(out, checkpoint_minutes=1e-9)
         resumed = result(out)
@@ -320,9 +320,9 @@ def test_checkpoints_around_validations_take_little_of_short_epochs(
 ) -> None:
     """On a clock by which an epoch takes 3 s and a checkpoint 1 s."""
     clock, saved = [0.0], []
-    train_epoch, write = _Training._train_epoch, Checkpoints.write
+    train_epoch, write = Training._train_epoch, Checkpoints.write
 
-    def slow_epoch(self: _Training) -> None:
+    def slow_epoch(self: Training) -> None:
         clock[0] += 3
         train_epoch(self)
 
@@ -332,7 +332,7 @@ def test_checkpoints_around_validations_take_little_of_short_epochs(
         write(self, number, *rest)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=perf_counter))
-    monkeypatch.setattr(_Training, "_train_epoch", slow_epoch)
+    monkeypatch.setattr(Training, "_train_epoch", slow_epoch)
     monkeypatch.setattr(Checkpoints, "write", slow_write)
     train(TrainConfig(**GAUSSIAN | {"epochs": 40}), {"catalogs": [step]}, tmp_path)
     moments = [moment for moment, _ in saved]

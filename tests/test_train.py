@@ -23,8 +23,8 @@ from galdist.training.train import (
     CosineSchedule,
     HalvingSchedule,
     TrainConfig,
+    Training,
     _DeviceClock,
-    _Training,
     train,
 )
 from hpc import ddp, durable
@@ -262,7 +262,7 @@ def test_a_training_killed_in_validation_loses_no_step(
     whole = run(grids, tmp_path / "whole")
     steps = int(max((tmp_path / "whole" / "checkpoints").glob("step-*")).name[5:]) // CLASSIFIER["epochs"]
     with monkeypatch.context() as patch:
-        patch.setattr(_Training, "_validate", lambda self: sys.exit(1))
+        patch.setattr(Training, "_validate", lambda self: sys.exit(1))
         with pytest.raises(SystemExit):
             run(grids, tmp_path / "out")
     checkpoints = Checkpoints(tmp_path / "out" / "checkpoints")
