@@ -104,6 +104,22 @@ def test_metrics_are_those_of_the_fields(steps: dict[str, Path], tmp_path: Path)
     assert metrics["accuracy", "all"] == (np.array(called) == labels).mean()
 
 
+def test_boxes_of_several_steps_are_summed_up_apart(steps: dict[str, Path], tmp_path: Path) -> None:
+    make_grids(tmp_path / "far", N_MESH, ("train",) * 4 + ("test",))
+    inputs = {"grids": [steps["grids"], tmp_path / "far"], "model": [steps["classifier"]]}
+    predict(PredictConfig(), inputs, tmp_path / "out")
+    recall = {
+        row["sample"]: row["value"] for row in load_metrics(tmp_path / "out") if row["metric"] == "recall"
+    }
+    assert recall.keys() == {"box_2", "box_3", "box_4", "all of grids", "all of far"}
+    assert recall["all of far"] == recall["box_4"]
+    assert (
+        min(recall["box_2"], recall["box_3"])
+        <= recall["all of grids"]
+        <= max(recall["box_2"], recall["box_3"])
+    )
+
+
 def test_a_broken_off_prediction_goes_on(
     steps: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,14 @@ from pydantic import ValidationError
 
 from galdist import statistics
 from galdist.grids.store import Field, SimulationAttrs, StoreError, create_store
-from galdist.statistics.spectra import SpectraConfig, _compare, _rows, load_spectra, spectra
+from galdist.statistics.spectra import (
+    SpectraConfig,
+    _compare,
+    _rows,
+    load_spectra,
+    rows_over_boxes,
+    spectra,
+)
 from hpc import durable
 
 
@@ -132,7 +139,9 @@ def test_metrics_are_means_over_bands_and_boxes():
     config = SpectraConfig(band=(1.0, 3.0), power_bands=[(0.0, 1.0)])
     a = measured([4.0, 4.0, 4.0], [4.0, 4.0, 16.0], [0.0, 2.0, 4.0], [2, 8, 8])
     b = measured([4.0, 4.0, 4.0], [4.0, 4.0, 4.0], [0.0, 4.0, 4.0], [2, 8, 8])
-    rows = {(row["metric"], row["sample"]): row for row in _rows(config, {"a": a, "b": b})}
+    rows = {
+        (row["metric"], row["sample"]): row for row in _rows(config, {"a": a, "b": b}, {"a": "x", "b": "x"})
+    }
     r = a["cross"]["model"]["r"]
     np.testing.assert_allclose(r, [0, 0.5, 0.5])
     assert rows["r/model/k1-3", "a"]["value"] == pytest.approx(0.5)
@@ -144,9 +153,19 @@ def test_metrics_are_means_over_bands_and_boxes():
     assert rows["n/truth", "test"]["value"] == 10
 
 
+def test_boxes_of_several_steps_have_a_mean_for_each_step():
+    """A mean over suites or redshifts is one of no kind of universe."""
+    values = {"a": {"r": (0.5, None)}, "b": {"r": (0.7, None)}, "c": {"r": (0.1, 0.02)}}
+    rows = rows_over_boxes(values, "test", {"a": "tng", "b": "tng", "c": "simba"})
+    found = {row["sample"]: (row["value"], row["error"]) for row in rows}
+    assert found.keys() == {"a", "b", "c", "test of tng", "test of simba"}
+    assert found["test of tng"] == pytest.approx((0.6, 0.1))
+    assert found["test of simba"] == (0.1, 0.02)
+
+
 def test_metrics_leave_out_what_is_undefined():
     found = measured([4.0, 4.0, 4.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [2, 8, 8])
-    metrics = [row["metric"] for row in _rows(SpectraConfig(), {"a": found})]
+    metrics = [row["metric"] for row in _rows(SpectraConfig(), {"a": found}, {"a": "x"})]
     assert "r/model/k0.3-3" not in metrics
     assert "n/model" in metrics
 

@@ -694,7 +694,7 @@ def _confusions(results: Sequence[Mapping[str, Any]], predictions: Iterable[str]
     return [
         {
             "step": step,
-            "sample": "all boxes" if sample == "all" else sample,
+            "sample": re.sub("^all", "all boxes", sample),
             "confusion": Confusion(*(int(values[name]) for name in _CONFUSION)),
             "threshold": values.get("threshold"),
         }
@@ -712,12 +712,14 @@ def _headlines(
         correlation = re.fullmatch(r"r/([^:/]+)(:expected_[^/]+)?/k(.+)", row["metric"])
         if row["box"]:
             continue
+        domain = row["sample"].partition(" of ")[2]
+        where = f", {domain}" if domain else ""
         if row["step"] in predictions and row["metric"] in ("recall", "accuracy"):
-            found.append({"label": f"{row['metric']}, {row['step']}", "text": row["text"]})
+            found.append({"label": f"{row['metric']}, {row['step']}{where}", "text": row["text"]})
         elif correlation and correlation[1] in predictions:
             band = correlation[3].replace("-", " to ")
             what = f"{correlation[1]} ({_words(correlation[2][1:])})" if correlation[2] else correlation[1]
-            label = f"r of {what} with truth, k = {band} h/Mpc"
+            label = f"r of {what} with truth, k = {band} h/Mpc{where}"
             found.append({"label": label, "text": row["text"]})
     return found
 

@@ -106,7 +106,8 @@ def field_statistics(config: FieldStatisticsConfig, inputs: Mapping[str, list[Pa
     simulations = measure_each(samples, out, lambda sample: _measure(config, sample, labels))
     if comm.rank == 0:
         durable.write_json(out / FILE, {"simulations": simulations})
-        save_metrics(out, _rows(config, load_field_statistics(out)["simulations"]))
+        domains = {sample.name: sample.domain for sample in samples}
+        save_metrics(out, _rows(config, load_field_statistics(out)["simulations"], domains))
         progress.report(len(samples), len(samples))
     comm.barrier()
 
@@ -279,7 +280,9 @@ def _compared(
     }
 
 
-def _rows(config: FieldStatisticsConfig, simulations: Mapping[str, Any]) -> list[MetricRow]:
+def _rows(
+    config: FieldStatisticsConfig, simulations: Mapping[str, Any], domains: Mapping[str, str]
+) -> list[MetricRow]:
     """What predictions have of the truth's variance, voids and bispectrum; not what is undefined."""
     measured: dict[str, dict[str, tuple[float, float | None]]] = {}
     for name, result in simulations.items():
@@ -306,4 +309,4 @@ def _rows(config: FieldStatisticsConfig, simulations: Mapping[str, Any]) -> list
             away = expected_coverage(found["coverage_ranks"], LEVELS) - LEVELS
             rows[f"coverage_distance/{label}"] = np.abs(away).max()
         measured[name] = {key: (float(value), None) for key, value in rows.items() if math.isfinite(value)}
-    return rows_over_boxes(measured, config.split)
+    return rows_over_boxes(measured, config.split, domains)

@@ -1,7 +1,7 @@
 """The table of results, and binary-classification metrics that merge exactly over batches and ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -19,7 +19,7 @@ class MetricRow(TypedDict):
 
     metric: str
     sample: str
-    """What was measured: a simulation, or a split (`test`)."""
+    """What was measured: a simulation, or all of a split (`test`), as `over_domains` calls them."""
     value: float
     error: float | None
     """One standard deviation, where one is known."""
@@ -37,6 +37,26 @@ def metric_row(
         error=None if error is None else float(error),
         unit=unit,
     )
+
+
+def over_domains(whole: str, domains: Mapping[str, str]) -> dict[str, list[str]]:
+    """What averages over boxes are called, and of which boxes each is: of unlike boxes there is none.
+
+    Parameters
+    ----------
+    whole
+        what all boxes are called, such as ``test``.
+    domains
+        of each box, what it is alike to: the step that made its grids.
+
+    Returns
+    -------
+    ``{whole: boxes}``, or ``{"<whole> of <domain>": boxes}`` where there is more than one domain.
+    """
+    groups: dict[str, list[str]] = {}
+    for box, domain in domains.items():
+        groups.setdefault(domain, []).append(box)
+    return {whole if len(groups) == 1 else f"{whole} of {domain}": boxes for domain, boxes in groups.items()}
 
 
 def save_metrics(out: str | Path, rows: Sequence[MetricRow]) -> None:

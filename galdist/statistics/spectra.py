@@ -43,7 +43,7 @@ from pydantic import field_validator
 from galdist.config import StrictModel
 from galdist.grids.store import Assignment, GridStore, SimulationGrids, Split, open_store, unknown_name
 from galdist.statistics import require_nbodykit
-from galdist.statistics.metrics import MetricRow, metric_row, save_metrics
+from galdist.statistics.metrics import MetricRow, metric_row, over_domains, save_metrics
 from galdist.statistics.response import check_parameters, responses
 from hpc import durable, mpi, progress
 
@@ -92,6 +92,8 @@ class Sample:
     """A simulation to measure: where each label's field is."""
 
     name: str
+    domain: str
+    """The step that made its grids."""
     grids: SimulationGrids
     fields: dict[str, tuple[SimulationGrids, str]]
 
@@ -122,7 +124,7 @@ def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) 
     if comm.rank == 0:
         result: dict[str, Any] = {"simulations": simulations}
         found = arrays(simulations)
-        rows = _rows(config, found)
+        rows = _rows(config, found, {sample.name: sample.domain for sample in samples})
         if parameters:
             response = _response(config, parameters, list(found.values()))
             result["response"] = plain(response)
@@ -630,7 +632,7 @@ def match(
                 raise ValueError(
                     f"{label} of {name}: field {held!r} is a vector; spectra are of scalar fields"
                 )
-        samples.append(Sample(name, grids, fields))
+        samples.append(Sample(name, step.name, grids, fields))
     return samples
 
 
@@ -730,30 +732,34 @@ def _save(result: Any, path: Path) -> None:
         durable.write_text(path, json.dumps(result.__getstate__(), cls=JSONEncoder))
 
 
-def _rows(config: SpectraConfig, simulations: Mapping[str, Any]) -> list[MetricRow]:
+def _rows(
+    config: SpectraConfig, simulations: Mapping[str, Any], domains: Mapping[str, str]
+) -> list[MetricRow]:
     """Band averages and numbers of objects of every simulation, then their means over the split."""
     return rows_over_boxes(
-        {name: _summary(config, result) for name, result in simulations.items()}, config.split
+        {name: _summary(config, result) for name, result in simulations.items()}, config.split, domains
     )
 
 
 def rows_over_boxes(
-    measured: Mapping[str, Mapping[str, tuple[float, float | None]]], split: str
+    measured: Mapping[str, Mapping[str, tuple[float, float | None]]], split: str, domains: Mapping[str, str]
 ) -> list[MetricRow]:
-    """Rows of every box (box -> metric -> value and error), then their means over the split."""
+    """Rows of every box (box -> metric -> value and error), then their means over the split, or over those of
+    each step of grids (``domains``: box -> step)."""
     rows = [
         metric_row(metric, name, value, error)
         for name, values in measured.items()
         for metric, (value, error) in values.items()
     ]
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        boxes = [values[metric] for values in measured.values() if metric in values]
-        mean = float(np.mean([value for value, _ in boxes]))
-        if len(boxes) == 1:
-            rows.append(metric_row(metric, split, mean, boxes[0][1]))
-        else:  # the scatter between boxes knows more than the number of modes: cosmic variance, astrophysics
-            scatter = float(np.std([value for value, _ in boxes], ddof=1))
-            rows.append(metric_row(metric, split, mean, scatter / math.sqrt(len(boxes))))
+    for together, names in over_domains(split, domains).items():
+        for metric in dict.fromkeys(metric for name in names for metric in measured[name]):
+            boxes = [measured[name][metric] for name in names if metric in measured[name]]
+            mean = float(np.mean([value for value, _ in boxes]))
+            if len(boxes) == 1:
+                rows.append(metric_row(metric, together, mean, boxes[0][1]))
+            else:  # the scatter between boxes knows more than their modes: cosmic variance, astrophysics
+                scatter = float(np.std([value for value, _ in boxes], ddof=1))
+                rows.append(metric_row(metric, together, mean, scatter / math.sqrt(len(boxes))))
     return rows
 
 

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from galdist.data.datasets import Box, Tile, find_boxes, read_parameters, tiles,
 from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_store, open_store
 from galdist.grids.store import Field as GridField
 from galdist.models import GridObjective
-from galdist.statistics.metrics import metric_row, save_metrics
+from galdist.statistics.metrics import metric_row, over_domains, save_metrics
 from galdist.training.checkpoint import describe_model, load_model
 from hpc import ddp, durable, progress
 
@@ -307,10 +308,10 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
 
 
 def _save_metrics(out: Path, prediction: _Prediction, boxes: Sequence[Box], n_slabs: int) -> None:
-    """Metrics of each box and of all together; sums are added in one order, whoever made them."""
+    """Metrics of each box and of all that are alike; sums are added in one order, whoever made them."""
     objective = prediction.objective
     rows = []
-    total: dict[str, Tensor] = {}
+    totals: dict[str, dict[str, Tensor]] = {}
     for box in boxes:
         sums: dict[str, Tensor] = {}
         for number in range(n_slabs):
@@ -318,9 +319,12 @@ def _save_metrics(out: Path, prediction: _Prediction, boxes: Sequence[Box], n_sl
             new = {name: _tensor(value) for name, value in part.items()}
             sums = {name: sums[name] + value if sums else value for name, value in new.items()}
         rows += [metric_row(name, box.name, value) for name, value in objective.summarize(sums).items()]
-        total = {name: total[name] + value if total else value for name, value in sums.items()}
-    if len(boxes) > 1:
-        rows += [metric_row(name, "all", value) for name, value in objective.summarize(total).items()]
+        totals[box.name] = sums
+    for together, names in over_domains("all", {b.name: Path(b.store).parent.name for b in boxes}).items():
+        if len(boxes) > 1:
+            first, *others = (totals[name] for name in names)
+            total = reduce(lambda one, other: {key: one[key] + other[key] for key in one}, others, first)
+            rows += [metric_row(name, together, value) for name, value in objective.summarize(total).items()]
     save_metrics(out, rows)
 
 
