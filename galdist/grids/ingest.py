@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -45,6 +45,7 @@ from galdist.grids.store import (
     create_store,
     open_store,
 )
+from galdist.simulations.lattice import Lattice, find_lattice
 from galdist.simulations.simulation import (
     ALL_MATTER,
     DARK_MATTER,
@@ -56,16 +57,23 @@ from hpc import cluster, durable, progress
 
 log = logging.getLogger(__name__)
 
-Tracer = Literal["particles", "all_matter", "galaxies"]
+Tracer = Literal["particles", "all_matter", "lattice", "true_lattice", "galaxies"]
 FieldName = Literal[
-    "matter_counts", "matter_mass", "matter_momentum", "matter_velocity", "galaxy_counts", "stellar_mass"
+    "matter_counts",
+    "matter_mass",
+    "matter_momentum",
+    "matter_velocity",
+    "displacement",
+    "true_displacement",
+    "galaxy_counts",
+    "stellar_mass",
 ]
 
 _PART = 1 << 19  # particles that a task holds at a time
 _BLOCK = 8  # rows of cells, along z and y, that particles are grouped by within a slab
 
 
-_Carries = Literal["number", "mass", "momentum", "velocity"]
+_Carries = Literal["number", "mass", "momentum", "velocity", "displacement"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class _Kind:
 
     @property
     def components(self) -> Literal[1, 3]:
-        return 3 if self.carries in ("momentum", "velocity") else 1
+        return 1 if self.carries in ("number", "mass") else 3
 
 
 KINDS: dict[FieldName, _Kind] = {
@@ -87,6 +95,8 @@ KINDS: dict[FieldName, _Kind] = {
     "matter_mass": _Kind("particles", "Msun/h", "mass"),
     "matter_momentum": _Kind("particles", "Msun/h km/s", "momentum"),
     "matter_velocity": _Kind("particles", "km/s", "velocity"),
+    "displacement": _Kind("lattice", "Mpc/h", "displacement", "ngp"),
+    "true_displacement": _Kind("true_lattice", "Mpc/h", "displacement", "ngp"),
     "galaxy_counts": _Kind("galaxies", scheme="ngp"),
     "stellar_mass": _Kind("galaxies", "Msun/h", "mass", "ngp"),
 }
@@ -97,6 +107,7 @@ _COLUMNS: dict[_Carries, tuple[str, ...]] = {
     "mass": ("position", "mass"),
     "momentum": ("position", "mass", "velocity"),
     "velocity": ("position", "mass", "velocity"),
+    "displacement": ("position", "displacement"),
 }
 
 
@@ -111,6 +122,14 @@ class FieldConfig(StrictModel):
     def scheme(self) -> Scheme:
         """The scheme to use."""
         return self.assignment or KINDS[self.name].scheme
+
+    @model_validator(mode="after")
+    def _lattices_have_no_scheme(self) -> "FieldConfig":
+        if self.assignment is not None and KINDS[self.name].carries == "displacement":
+            raise ValueError(
+                f"{self.name} is not assigned to a mesh, it is of a lattice: leave assignment out"
+            )
+        return self
 
 
 class IngestConfig(SelectionConfig):
@@ -153,6 +172,8 @@ class _Job:
     checksums: bool
     store: Path
     scratch: Path
+    lattice: Lattice | None = None
+    """Of the particles, where it is their displacements that are wanted."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -162,7 +183,7 @@ class _Job:
     @property
     def source(self) -> Simulation:
         """The run whose files are read."""
-        return self.simulation if self.tracer == "galaxies" else self.simulation.matter
+        return self.simulation if self.tracer in ("galaxies", "true_lattice") else self.simulation.matter
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -242,7 +263,7 @@ def _jobs(config: IngestConfig, simulations: list[Simulation], path: Path, scrat
             tracer = "all_matter"
         tracers[tracer] = (*tracers.get(tracer, ()), field)
     thickness = config.chunking.edge(config.n_mesh)
-    return [
+    jobs = [
         _Job(
             simulation,
             tracer,
@@ -257,6 +278,18 @@ def _jobs(config: IngestConfig, simulations: list[Simulation], path: Path, scrat
         for simulation in simulations
         for tracer, fields in tracers.items()
     ]
+    return [replace(job, lattice=_lattice(job)) if "lattice" in job.tracer else job for job in jobs]
+
+
+def _lattice(job: _Job) -> Lattice:
+    lattice = find_lattice(job.source)
+    if lattice.side != job.n_mesh:
+        raise SimulationError(
+            f"{job.source.name}: field {job.fields[0].name} is of a lattice of {lattice.side}^3 particles, "
+            f"n_mesh is {job.n_mesh}: set it to {lattice.side}, in an ingest step of its own if other fields "
+            "need another mesh"
+        )
+    return lattice
 
 
 def _create(config: IngestConfig, simulations: list[tuple[Simulation, str]], path: Path) -> GridStore:
@@ -264,7 +297,7 @@ def _create(config: IngestConfig, simulations: list[tuple[Simulation, str]], pat
         Field(
             name=field.name,
             units=KINDS[field.name].units,
-            assignment=field.scheme,
+            assignment="none" if KINDS[field.name].carries == "displacement" else field.scheme,
             components=KINDS[field.name].components,
         )
         for field in config.fields
@@ -281,7 +314,8 @@ def _bytes_to_write(config: IngestConfig, tasks: list[tuple[_Job, list[int]]]) -
         components = sum(KINDS[field.name].components for field in job.fields)
         stored += 4.0 * components * len(slabs) * job.thickness * job.n_mesh**2
         if slabs and job.tracer != "galaxies":
-            row = 8 * 3 + (12 if "velocity" in job.columns else 0) + (8 if "mass" in job.columns else 0)
+            sizes = {"position": 24, "velocity": 12, "mass": 8, "displacement": 12}
+            row = sum(sizes[column] for column in job.columns)
             n_particles = sum(map(job.source.n_particles, job.kinds))
             scattered.append(row * n_particles * (1 + 4 / job.thickness))
     return stored + sum(sorted(scattered)[-2:])
@@ -363,7 +397,16 @@ def _parts(job: _Job, index: int) -> Iterator[dict[str, NDArray[Any]]]:
     for kind in job.kinds:
         n_rows = job.source.n_particles_in(file, kind)
         for start in range(0, n_rows, _PART):
-            yield job.source.particles(file, job.columns, start, min(start + _PART, n_rows), kind)
+            stop = min(start + _PART, n_rows)
+            if job.lattice is None:
+                yield job.source.particles(file, job.columns, start, stop, kind)
+                continue
+            particles = job.source.particles(file, ("id", "position"), start, stop)
+            sites, box_size = job.lattice.sites(particles["id"]), job.source.box_size
+            yield {
+                "position": (sites + 0.5) * (box_size / job.n_mesh),  # in the cell of that number
+                "displacement": job.lattice.displacements(sites, particles["position"], box_size),
+            }
 
 
 def _source(job: _Job, index: int) -> list[dict[str, Any]]:
@@ -442,10 +485,12 @@ def _paint(job: _Job, slab: int, scattered: list[None]) -> None:
         mesh.fill(0)
         for columns in _slab_columns(job, indices, slab, _COLUMNS[carries]):
             weights = None
-            if carries != "number":
-                weights = columns["mass"]
-            if component is not None:
+            if carries == "displacement":
+                weights = columns["displacement"][:, component]
+            elif component is not None:
                 weights = columns["mass"] * columns["velocity"][:, component].astype(np.float64)
+            elif carries == "mass":
+                weights = columns["mass"]
             box_size = job.simulation.box_size
             assign(columns["position"], box_size, job.n_mesh, field.scheme, weights, mesh, first)
 
@@ -455,6 +500,13 @@ def _paint(job: _Job, slab: int, scattered: list[None]) -> None:
         statistics[field.name] = []
         if mass is not None and carries == "velocity":
             fill(mass, field, "mass", None)
+        if carries == "displacement":
+            fill(mesh, field, "number", None)
+            if empty := np.count_nonzero(mesh == 0):
+                raise SimulationError(
+                    f"{job.source.name} ({job.files[0].parent}): {empty} sites of the lattice have no "
+                    "particle, others have several: IDs are not unique"
+                )
         for component in range(3) if KINDS[field.name].components == 3 else (None,):
             fill(mesh, field, carries, component)
             if mass is not None and carries == "velocity":

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 
 from galdist.config import ExternalPath, StrictModel
 from galdist.simulations import READERS
+from galdist.simulations.snapshots import ALIKE, possible_numbers, snapshot_at
 from hpc import rank
 from hpc.strict import did_you_mean
 
@@ -115,9 +116,9 @@ class Simulation:
         file
             one of ``particle_files``.
         columns
-            ``position`` (n, 3) [Mpc/h] in [0, box_size), ``velocity`` (n, 3) [km/s] and ``mass`` (n,)
-            [Msun/h]; only what is asked for is read. Positions and velocities have the file's type (float32
-            or float64).
+            ``position`` (n, 3) [Mpc/h] in [0, box_size), ``velocity`` (n, 3) [km/s], ``mass`` (n,) [Msun/h]
+            and ``id`` (n,); only what is asked for is read. Positions and velocities have the file's type
+            (float32 or float64), IDs are unsigned integers.
         start, stop
             rows, so that a chunk can be read in parts.
         kind
@@ -136,7 +137,8 @@ class Simulation:
             rows = slice(start, n_rows if stop is None else min(stop, n_rows))
             for column in columns:
                 if n_rows == 0:  # such a chunk has no fields
-                    out[column] = np.empty((0,) if column == "mass" else (0, 3), np.float32)
+                    empty = np.empty((0, 3), np.float32)
+                    out[column] = empty if column in ("position", "velocity") else empty[:, 0]
                 elif column == "position":
                     values = _read(hdf5, f"{group}/Coordinates", rows)
                     out[column] = _positions(values, header, file, f"{group}/Coordinates")
@@ -145,8 +147,11 @@ class Simulation:
                     out[column] = values * values.dtype.type(header.velocity * np.sqrt(header.scale_factor))
                 elif column == "mass":
                     out[column] = self._masses(hdf5, header, rows, kind)
+                elif column == "id":
+                    out[column] = _read(hdf5, f"{group}/ParticleIDs", rows)
                 else:
-                    raise SimulationError(f"{file}: no column {column!r}: position, velocity, mass are known")
+                    known = "position, velocity, mass, id"
+                    raise SimulationError(f"{file}: no column {column!r}: {known} are known")
         return out
 
     def _masses(self, hdf5: Any, header: "Header", rows: slice, kind: int) -> NDArray[Any]:
@@ -204,6 +209,8 @@ class SelectionConfig(StrictModel):
     """Such as L25n256; may be left out where there is one. CAMELS only."""
     snapshot: Annotated[int, Field(ge=0)] | None = None
     """Number of the snapshot; that of z = 0 by default."""
+    redshift: Annotated[float, Field(ge=0)] | None = None
+    """Redshift of the snapshot, instead of its number; see `galdist.simulations.snapshots`."""
     matter: Matter | Literal["total"] | None = None
     """``nbody``: dark matter of the N-body twins (default of CAMELS). ``hydro``: of the runs with galaxies
     (default of TNG). ``total``: of the runs with galaxies; masses and momenta are those of dark matter, gas,
@@ -217,7 +224,21 @@ class SelectionConfig(StrictModel):
     def _only_what_the_format_has(self) -> "SelectionConfig":
         if self.format == "tng" and (self.volume or self.set):
             raise ValueError("volume and set: IllustrisTNG has neither; leave them out")
+        if self.snapshot is not None and self.redshift is not None:
+            raise ValueError(
+                f"snapshot ({self.snapshot}) and redshift ({self.redshift:g}) both say which snapshot is "
+                "read: leave one out"
+            )
+        if self.redshift is not None:
+            snapshot_at(self.format, self.redshift)
         return self
+
+    @property
+    def snapshots(self) -> tuple[int, ...] | None:
+        """Numbers of the snapshot, of which the first that is there counts; None for that of z = 0."""
+        if self.redshift is not None:
+            return possible_numbers(self.format, self.redshift)
+        return None if self.snapshot is None else (self.snapshot,)
 
     def open(self, inputs: Mapping[str, Sequence[Path]]) -> list[tuple[Simulation, str]]:
         """The simulations, each with its split: ``train``, ``validation`` or ``test``.
@@ -239,7 +260,14 @@ class SelectionConfig(StrictModel):
         if self.matter is not None:
             where["matter"] = "hydro" if self.matter == "total" else self.matter
         opener: Callable[..., list[Simulation]] = rank.load(READERS[self.format])
-        found = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshot, **where)
+        found = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshots, **where)
+        if self.redshift is not None:
+            for one in found:
+                if abs(1 / (1 + one.redshift) - snapshot_at(self.format, self.redshift)[1]) > 2 * ALIKE:
+                    raise SimulationError(
+                        f"{one.particle_files[0]} is at redshift {one.redshift:.2f}, {self.redshift:g} was "
+                        "asked for: its snapshots have other numbers; say which by `snapshot`"
+                    )
         simulations = [
             simulation
             for simulation in found
