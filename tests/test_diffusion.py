@@ -89,42 +89,79 @@ def test_the_bound_of_a_gaussian_field_is_its_entropy(kind: str) -> None:
     assert terms["prior"].mean() < 1e-4
 
 
-def test_the_bound_of_counts_is_their_entropy() -> None:
-    """Pairs of voxels that depend on each other: with uniform noise a mixture of squares, whose posterior
-    given a noisy one is known."""
+@pytest.mark.parametrize("normalization", [["standardize"], ["log1p", "standardize"]])
+def test_the_bound_of_counts_is_their_entropy(normalization: list[str]) -> None:
+    """Pairs of voxels that depend on each other, whose posterior given a noisy pair is known."""
     table = torch.tensor([[0.75, 0.06, 0.01], [0.04, 0.05, 0.03], [0.0, 0.02, 0.04]], dtype=torch.float64)
     entropy = -(table[table > 0] * table[table > 0].log2()).sum().item() / 2
     b, pairs = 4181, 120
     places = torch.multinomial(table.flatten(), b * pairs, True, generator=torch.Generator().manual_seed(0))
     counts = torch.stack([places // 3, places % 3], 1).float().view(b, 1, 1, pairs, 2)
-    model = Exact(DiffusionConfig.model_validate({"channels": [1], "attention": 0, "targets": [COUNTS]}))
-    data = {
-        "matter_counts": torch.rand(b, 1, 1, pairs, 2),
-        "galaxy_counts": counts,
-        "seed": torch.arange(b),
-        "halo": 0,
-        "periodic": True,
-    }
-    model.prepare(lambda name: iter(data[name].numpy()[:20]))  # type: ignore[attr-defined]
-    standardize = model.of_targets[0].transforms[0]  # type: ignore[union-attr, index]
-    edges = (torch.arange(4) - standardize.mean.double()) / standardize.std.double()
+    target = COUNTS | {"normalization": normalization}
+    model = Exact(DiffusionConfig.model_validate({"channels": [1], "attention": 0, "targets": [target]}))
+    data = of_counts(counts)
+    model.prepare(lambda name: iter(data[name].numpy()[:20]))
+    values = model.of_targets[0](torch.arange(3.0)).double()
 
     def posterior_mean(z: Tensor, gamma: Tensor) -> Tensor:
         alpha, sigma = (a.view(-1, 1, 1, 1) for a in signal_and_noise(gamma.double()))
-        seen, scale = z.double().view(len(z), pairs, 2, 1) / alpha, sigma / alpha
-        distance = (edges - seen) / scale  # of each edge
-        weight = torch.special.ndtr(distance).diff(dim=-1).clamp(min=1e-140)
-        density = torch.exp(-0.5 * distance.square()) / math.sqrt(2 * math.pi)
-        mean = (seen - scale * density.diff(dim=-1) / weight).clamp(edges[:-1], edges[1:])  # of each bin
-        joint = table * weight[:, :, 0, :, None] * weight[:, :, 1, None, :]
-        joint = joint / joint.sum((-1, -2), keepdim=True)
-        means = [(joint.sum(-1) * mean[:, :, 0]).sum(-1), (joint.sum(-2) * mean[:, :, 1]).sum(-1)]
+        distance = (z.double().view(len(z), pairs, 2, 1) - alpha * values) / sigma  # from each value
+        log = -0.5 * distance.square()
+        joint = table.log() + log[:, :, 0, :, None] + log[:, :, 1, None, :]
+        joint = joint.flatten(-2).softmax(-1).unflatten(-1, (3, 3))
+        means = [joint.sum(-1) @ values, joint.sum(-2) @ values]
         return torch.stack(means, -1).view_as(z).to(z)
 
     model.posterior_mean = posterior_mean
     value, error = bound_and_error(model, data)
     assert entropy - 3 * error < value < entropy + 0.05
     assert error < 0.01
+
+
+def of_counts(counts: Tensor) -> dict[str, Any]:
+    """A batch of boxes of them."""
+    return {
+        "matter_counts": torch.rand(counts.shape),
+        "galaxy_counts": counts,
+        "seed": torch.arange(len(counts)),
+        "halo": 0,
+        "periodic": True,
+    }
+
+
+@pytest.mark.parametrize("gamma", [(-3.0, 10.0), (-13.3, 13.3)])
+def test_counts_of_voxels_that_know_nothing_of_each_other_need_no_training(
+    gamma: tuple[float, float],
+) -> None:
+    """Where `most` builds in how often each number occurs: the bound is the entropy, and what is drawn has
+    the shares, other than with a standard Gaussian in their place."""
+    shares = torch.tensor([0.9, 0.06, 0.03, 0.01])
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.multinomial(shares, 1597 * 512, True, generator=generator).view(1597, 1, 8, 8, 8)
+    data = of_counts(counts.float())
+    entropy = -(shares * shares.log2()).sum().item()
+    bounds = []
+    for most in (3, None):
+        schedule = {"kind": "linear", "gamma": gamma}
+        model = objective(targets=[COUNTS | {"most": most}], schedule=schedule, sampler={"steps": 50})
+        model.prepare(lambda name: iter(data[name].numpy()))
+        bounds.append(bound_and_error(model, data))
+    (value, error), (plain, _) = bounds
+    assert entropy - 3 * error < value < entropy + 3 * error
+    assert error < 0.01
+    assert plain > value + 0.1
+
+
+def test_draws_of_an_untrained_model_have_the_shares_of_counts() -> None:
+    shares = torch.tensor([0.9, 0.06, 0.03, 0.01])
+    counts = torch.multinomial(shares, 2 * 32**3, True, generator=torch.Generator().manual_seed(0))
+    data = of_counts(counts.view(2, 1, 32, 32, 32).float())
+    schedule = {"kind": "linear", "gamma": (-4.0, 10.0)}
+    model = objective(targets=[COUNTS | {"most": 3}], schedule=schedule, sampler={"steps": 50})
+    model.prepare(lambda name: iter(data[name].numpy()))
+    drawn = model.sample(data, torch.Generator().manual_seed(1))["galaxy_counts"]
+    found = torch.bincount(drawn.int().flatten(), minlength=4) / drawn.numel()
+    torch.testing.assert_close(found, shares, rtol=0.15, atol=0.0)
 
 
 def test_fields_of_any_units_have_the_bound_of_the_field() -> None:
@@ -275,7 +312,10 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytes
         "model": {
             "name": "vdm",
             "inputs": [{"field": "matter_counts", "normalization": []}],
-            "targets": [COUNTS, {"field": "momentum", "components": 3, "normalization": ["standardize"]}],
+            "targets": [
+                COUNTS | {"most": 8},
+                {"field": "momentum", "components": 3, "normalization": ["standardize"]},
+            ],
             "channels": [2, 3],
             "attention": 0,
             "parameters": ["redshift"],
@@ -324,7 +364,7 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytes
         *((drawn.read("momentum")[n], factor, momentum) for n, factor in enumerate((-1.0, 1.0, 2.0))),
     ):
         expected = normalized.inverse(factor * torch.from_numpy(matter)).numpy()
-        off = values - (np.maximum(np.floor(expected), 0) if factor == 3.0 else expected)
+        off = values - (np.maximum(np.round(expected), 0) if factor == 3.0 else expected)
         assert np.mean(np.abs(off) > noise * normalized.std.item()) < 0.01
 
 
@@ -342,6 +382,8 @@ def test_what_does_not_fit_is_refused() -> None:
         objective(targets=[{"field": "matter_counts"}])
     with pytest.raises(ValueError, match=r"'momentum' is a vector.*\[standardize\]"):
         objective(targets=[{"field": "momentum", "components": 3, "normalization": ["log1p"]}])
+    with pytest.raises(ValueError, match="set quantum, or leave it out"):
+        objective(targets=[{"field": "momentum", "most": 3}])
     with pytest.raises(ValueError, match="builds on no other"):
         build(DiffusionConfig(channels=(2,)), [objective()])
     with pytest.raises(ValueError, match="has 3 components, not the 1"):

@@ -37,14 +37,20 @@ _GOLDEN = 2654435769  # 2^32 over the golden ratio
 
 
 def bound(
-    x: Tensor, denoiser: Denoiser, schedule: NoiseSchedule, t: Tensor, noise: Tensor, halo: int = 0
+    x: Tensor,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    t: Tensor,
+    noise: Tensor,
+    halo: int = 0,
+    in_steps: Sequence[bool] = (),
 ) -> dict[str, Tensor]:
     """The terms of a bound on -ln p(x) [nats] in every cell, whose sum over cells has the bound as its mean.
 
     Kingma et al. 2021 (arXiv:2107.00630), eqs. 11 and 17: what the noisiest field still knows of x
     (``prior``), what the least noisy one does not (``reconstruction``, with a Gaussian of its noise as the
     decoder), and what the denoiser misses between them (``diffusion``), looked at in one moment. From the
-    last the scatter of the noise's square is taken, whose mean is zero.
+    last the scatter of the noise's square is taken, whose mean is zero, where it is part of it.
 
     Parameters
     ----------
@@ -58,6 +64,9 @@ def bound(
         standard Gaussian, of the shape of ``x``.
     halo
         cells at each face that are left out.
+    in_steps
+        whether a channel's values lie in steps, by default none: what little noise does not hide is not
+        missed.
 
     Returns
     -------
@@ -73,6 +82,7 @@ def bound(
     x, missed, noise = (trim(field, halo, spatial) for field in (x, missed, noise))
     # Where there is little noise, missed is it, and its square scatters about what is known.
     scatter = alpha.square() * (noise.square() - 1)
+    scatter[:, torch.tensor(in_steps or (False,) * x.shape[1])] = 0
     snr, speed = torch.exp(-gamma).view(-1, *ones), (span * slope).view(-1, *ones)
     diffusion = 0.5 * speed * (snr * missed.square() - scatter)
     if s.requires_grad:
@@ -83,9 +93,14 @@ def bound(
     return {
         "prior": 0.5 * ((alpha_1 * x).square() + sigma_1.square() - 1) - sigma_1.log(),
         # The squared error of the decoder, over its variance, has the mean 1.
-        "reconstruction": (0.5 * (1 + math.log(2 * math.pi) + first)).expand_as(x),
+        "reconstruction": _of_density(first).expand_as(x),
         "diffusion": diffusion,
     }
+
+
+def _of_density(gamma: Tensor) -> Tensor:
+    """-ln of the density that a field of noise ``gamma`` gives to what is under it, on average."""
+    return 0.5 * (1 + math.log(2 * math.pi) + gamma)
 
 
 class TargetConfig(InputConfig):
@@ -93,8 +108,61 @@ class TargetConfig(InputConfig):
 
     quantum: PositiveFloat | None = None
     """Width of the steps in which the field is known: 1 for counts, the least mass for masses that are zero
-    in most voxels. Uniform noise of this width makes a density of it; what is drawn is rounded down to it.
-    None where the field is continuous."""
+    in most voxels. Fields are rounded down to it; the least noise should tell its steps apart. None where the
+    field is continuous."""
+    most: PositiveInt | None = None
+    """Quanta that a voxel holds at most, where these are few. How often each number occurs in training is
+    then built into the posterior mean: the network has to learn what a voxel's surroundings say, no more."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> "TargetConfig":
+        if self.most is not None and self.quantum is None:
+            raise ValueError(
+                f"most is {self.most}, but of what? It counts quanta: set quantum, or leave it out"
+            )
+        return self
+
+
+class Shares(nn.Module):
+    """How often each value of a target with few of them occurs: what is known of a voxel before all else.
+
+    Parameters
+    ----------
+    entry
+        the target.
+    """
+
+    log: Tensor
+
+    def __init__(self, entry: TargetConfig) -> None:
+        super().__init__()
+        assert entry.most is not None
+        assert entry.quantum is not None
+        self.quantum = entry.quantum
+        self.register_buffer("log", torch.zeros(entry.most + 1))
+
+    def fit(self, fields: Iterable[NDArray[Any]]) -> None:
+        """Take them from fields of quanta; what was never seen counts as seen once."""
+        counts = np.ones(len(self.log))
+        for field in fields:
+            n = np.minimum(np.round(field / self.quantum).astype(int), len(counts) - 1)
+            counts += np.bincount(n.ravel(), minlength=len(counts))
+        self.log.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+
+    def forward(self, x: Tensor, gamma: Tensor, normalization: Normalization) -> Tensor:
+        """The posterior mean of a voxel that has these values, where for one of a standard Gaussian it is
+        ``x``: both have seen the same.
+
+        ``gamma`` is broadcast to ``x``. What is seen of a value y is in either case the exponential of
+        (y x - alpha^2 y^2 / 2) / sigma^2, but for a factor.
+        """
+        values = normalization(self.quantum * torch.arange(len(self.log), device=x.device))
+        alpha, sigma = signal_and_noise(gamma)
+        seen, precision = x / sigma.square(), 0.5 * (alpha / sigma).square()
+        scores = [log + y * seen - precision * y.square() for log, y in zip(self.log, values, strict=True)]
+        shares = torch.stack(scores, -1).softmax(-1)
+        mean: Tensor = shares @ values
+        return mean
 
 
 class DiffusionConfig(ModelConfig):
@@ -172,6 +240,9 @@ class VariationalDiffusion(GridObjective):
         self.simulation_parameters = config.parameters
         self.of_inputs = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
         self.of_targets = nn.ModuleList(Normalization(entry.normalization) for entry in config.targets)
+        self.shares = nn.ModuleList(
+            nn.Identity() if entry.most is None else Shares(entry) for entry in config.targets
+        )
         self.schedule = config.schedule.build()
         width = 4 * config.channels[0]
         self.features = Features(config.schedule.gamma, config.parameters, width)
@@ -184,7 +255,10 @@ class VariationalDiffusion(GridObjective):
         for entry, normalization in _each(self.config.inputs, self.of_inputs):
             normalization.fit(partial(training, entry.field))
         for entry, normalization in _each(self.config.targets, self.of_targets):
-            normalization.fit(partial(_densities, training, entry))
+            normalization.fit(partial(_in_steps, training, entry))
+        for entry, shares in zip(self.config.targets, self.shares, strict=True):
+            if isinstance(shares, Shares):
+                shares.fit(_in_steps(training, entry))
         if self.features.embedding is not None:
             self.features.embedding.standardize.fit(training)
 
@@ -265,7 +339,7 @@ class VariationalDiffusion(GridObjective):
         for (entry, normalization), part in zip(targets, drawn.split(sizes, 1), strict=True):
             field = normalization.inverse(part)
             if entry.quantum is not None:
-                field = (field / entry.quantum).floor().clamp(min=0) * entry.quantum
+                field = (field / entry.quantum + 0.5).floor().clamp(min=0) * entry.quantum
             fields[entry.field] = field
         yield fields
 
@@ -273,8 +347,8 @@ class VariationalDiffusion(GridObjective):
         """The bound's terms [bits] of every dimension, looked at in times ``t`` (b,)."""
         condition, parameters = self._condition(batch, self.of_inputs), batch.get(PARAMETERS)
         halo = batch["halo"]
-        uniform, noise, hidden = self._draws(seeds, condition)
-        x, nats = self._normalized(batch, uniform)
+        noise, hidden = self._draws(seeds, condition)
+        x, nats = self._normalized(batch, noise)
         x, nats, noise, condition = (self._split(field, halo) for field in (x, nats, noise, condition))
         n_planes = len(x) // len(t)
         t = ((t[:, None] + torch.arange(n_planes, device=t.device) / n_planes) % 1).flatten()
@@ -287,8 +361,11 @@ class VariationalDiffusion(GridObjective):
         def denoiser(z: Tensor, gamma: Tensor) -> Tensor:
             return self._denoise(z, gamma, condition, parameters, batch["periodic"], known)
 
-        terms = bound(x, denoiser, self.schedule, t, noise, halo)
-        terms["reconstruction"] = terms["reconstruction"] + trim(nats, halo, self.config.spatial)
+        in_steps = [
+            entry.quantum is not None for entry in self.config.targets for _ in range(entry.components)
+        ]
+        terms = bound(x, denoiser, self.schedule, t, noise, halo, in_steps)
+        terms["reconstruction"] = trim(nats, halo, self.config.spatial)
         return {name: term / math.log(2) for name, term in terms.items()}
 
     def _condition(self, batch: Batch, normalizations: Iterable[nn.Module]) -> Tensor:
@@ -296,35 +373,58 @@ class VariationalDiffusion(GridObjective):
         pairs = _each(self.config.inputs, normalizations)
         return torch.cat([normalization(_field(batch, entry)) for entry, normalization in pairs], 1)
 
-    def _normalized(self, batch: Batch, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """The targets as densities, normalized, and what that adds to -ln p in each cell; both
+    def _normalized(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The targets, normalized, and -ln p of them in their own units given the least noisy field; both
         ``(b, c, z, y, x)``."""
         normalized, nats = [], []
         sizes = [entry.components for entry in self.config.targets]
         targets = _each(self.config.targets, self.of_targets)
-        for (entry, normalization), noise in zip(targets, uniform.split(sizes, 1), strict=True):
+        for (entry, normalization), e in zip(targets, noise.split(sizes, 1), strict=True):
             field = _field(batch, entry)
-            if entry.quantum is not None:
-                field = ((field / entry.quantum).floor() + noise) * entry.quantum
-            with torch.enable_grad(), torch.autocast(field.device.type, enabled=False):
-                field = field.detach().requires_grad_()
-                x = normalization(field)
-                (slope,) = torch.autograd.grad(x.sum(), field)
-            normalized.append(x.detach())
-            nats.append(-(slope * (entry.quantum or 1.0)).log())
+            with torch.autocast(field.device.type, enabled=False):
+                decode = self._of_value if entry.quantum is None else self._of_step
+                x, surprise = decode(field, entry, normalization, e)
+            normalized.append(x)
+            nats.append(surprise)
         return torch.cat(normalized, 1), torch.cat(nats, 1)
 
-    def _draws(self, seeds: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Uniform and Gaussian numbers for the targets, and a uniform one for each sample: a function of its
-        seed alone, whatever batch it is in."""
+    def _of_value(
+        self, field: Tensor, entry: TargetConfig, normalization: Normalization, e: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A field normalized, and -ln of its density."""
+        with torch.enable_grad():
+            field = field.detach().requires_grad_()
+            x = normalization(field)
+            (slope,) = torch.autograd.grad(x.sum(), field)
+        return x.detach(), _of_density(self.schedule.first) - slope.log()
+
+    def _of_step(
+        self, field: Tensor, entry: TargetConfig, normalization: Normalization, e: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A field in steps normalized, and -ln of their probability: how much of the noisy field's Gaussian
+        is nearer to this step than to the others."""
+        assert entry.quantum is not None
+        n = (field / entry.quantum).floor()
+        x = normalization(n * entry.quantum)
+        width = torch.exp(0.5 * self.schedule.first)  # of the noise, in units of x
+        # Doubles, for in fields of many steps one is narrow. Below the first there is no other.
+        low, high = (
+            torch.special.ndtr((normalization(edge * entry.quantum) - x).double() / width - e)
+            for edge in ((n - 0.5).clamp(min=0.5), n + 0.5)
+        )
+        probability = high - low * (n > 0)
+        return x, -probability.clamp(min=1e-30).log().to(x.dtype)
+
+    def _draws(self, seeds: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Gaussian numbers for the targets, and a uniform one for each sample: a function of its seed alone,
+        whatever batch it is in."""
         shape = (self.network.head.out_features, *like.shape[2:])
-        uniform, noise, one = [], [], []
+        noise, one = [], []
         for seed in seeds.tolist():
             generator = torch.Generator(like.device).manual_seed(seed)
-            uniform.append(torch.rand(shape, generator=generator, device=like.device))
             noise.append(torch.randn(shape, generator=generator, device=like.device))
             one.append(torch.rand((), generator=generator, device=like.device))
-        return torch.stack(uniform), torch.stack(noise), torch.stack(one)
+        return torch.stack(noise), torch.stack(one)
 
     def _split(self, x: Tensor, halo: int = 0) -> Tensor:
         """Fields ``(b, c, z, y, x)`` as what the network sees: in two dimensions planes ``(b z, c, y, x)``,
@@ -347,8 +447,16 @@ class VariationalDiffusion(GridObjective):
             features = self.features(gamma, parameters, known)
         v = self.network(torch.cat([z, condition], 1), features, periodic)
         alpha, sigma = (a.view(-1, *(1,) * (z.ndim - 1)) for a in signal_and_noise(gamma))
-        x: Tensor = alpha * z - sigma * v
-        return x
+        x = alpha * z - sigma * v
+        sizes = [entry.components for entry in self.config.targets]
+        level = gamma.view(-1, *(1,) * (z.ndim - 1))
+        parts = [
+            shares(part, level, normalization) if isinstance(shares, Shares) else part
+            for part, shares, normalization in zip(
+                x.split(sizes, 1), self.shares, self.of_targets, strict=True
+            )
+        ]
+        return torch.cat(parts, 1)
 
 
 def _each(
@@ -369,9 +477,8 @@ def _field(batch: Batch, entry: InputConfig) -> Tensor:
     return field
 
 
-def _densities(training: TrainingFields, entry: TargetConfig) -> Iterator[NDArray[Any]]:
-    """A target in the training simulations, as the densities that the model learns."""
-    random = np.random.default_rng(0)
+def _in_steps(training: TrainingFields, entry: TargetConfig) -> Iterator[NDArray[Any]]:
+    """A target in the training simulations, rounded down to its quantum where it has one."""
     for values in training(entry.field):
         if entry.quantum is None:
             yield values
@@ -381,8 +488,7 @@ def _densities(training: TrainingFields, entry: TargetConfig) -> Iterator[NDArra
                 f"field {entry.field!r} has a quantum of {entry.quantum:g}, so it counts something, but is "
                 f"{values.min():g} in a voxel: leave `quantum` out"
             )
-        uniform = random.random(values.shape, np.float32)
-        yield (np.floor(values / entry.quantum) + uniform) * np.float32(entry.quantum)
+        yield np.floor(values / entry.quantum) * np.float32(entry.quantum)
 
 
 def _evenly(seeds: Tensor) -> Tensor:
