@@ -508,6 +508,70 @@ def show_config(source: Source, sets: Sets = None) -> None:
     print(config.load(source, tuple(sets or ())).to_yaml(), end="")
 
 
+bench = typer.Typer(help="How fast a machine does the steps of a run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("train")
+def bench_train(
+    source: Source,
+    step: Annotated[str, typer.Option(metavar="STEP", help="The train step.")],
+    ranks: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="On so many ranks; by default the step's own. Repeatable."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long, on each number of ranks.")] = 20.0,
+    sets: Sets = None,
+    site: Annotated[str, typer.Option(envvar=_SITE, help="Machine, as of galdist run.")] = "local",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run's folder, whose grids are read. Default: runs/NAME."),
+    ] = None,
+) -> None:
+    """Measure a training: samples/s, share of the hardware's peak, waiting for data, memory, ranks.
+
+    Where the step's grids are not done, boxes of random counts stand for them. Nothing is kept.
+    """
+    import signal
+
+    from galdist import bench, config
+    from galdist.status import size_text
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ranks end, nothing stays
+    checked = config.load(source, tuple(sets or ()))
+    folder = out or Path("runs") / checked.file.name
+    place = next((path for path in (folder, Path("runs")) if path.is_dir()), Path())
+    rows: list[list[str]] = []
+    first: bench.Speed | None = None
+    try:
+        for now in bench.measure(
+            checked, step, folder, _machine(site, False, False), ranks or [], seconds, place
+        ):
+            first = first or now
+            faster = now.samples / first.samples
+            rows.append(
+                [
+                    str(now.ranks),
+                    f"{now.samples:.3g}",
+                    f"{now.flops / 1e12:.3g}",
+                    "" if now.peak is None else f"{now.flops / now.peak:.0%}",
+                    f"{now.waited:.0%}",
+                    "" if now.memory is None else size_text(now.memory),
+                    f"{faster:.2f}",
+                    f"{faster * first.ranks / now.ranks:.0%}",
+                ]
+            )
+            _say(f"{now.ranks} ranks: {now.samples:.3g} samples/s")
+    except bench.BenchError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    assert first is not None
+    columns = ["ranks", "samples/s", "TFLOP/s", "of peak", "waits for data", "memory", "speed-up"]
+    columns += ["efficiency"]
+    _table(f"{checked.file.name}, {step}: {first.device}", columns, rows)
+
+
 sites = typer.Typer(help="Descriptions of machines: slurm/sites/*.yaml.", no_args_is_help=True)
 app.add_typer(sites, name="site")
 

@@ -146,8 +146,8 @@ class TrainConfig(StrictModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast: weights and optimizer stay float32."""
     compile: bool = False
-    """Compile the losses and their gradient with torch.compile; for models of grids. Needs a compiler (of C++ on
-    CPUs, Triton on GPUs) and minutes at the start: `galdist bench train` tells what it gains."""
+    """Compile the losses and their gradient with torch.compile; for models of grids. Needs a compiler (of C++
+    on CPUs, Triton on GPUs) and minutes at the start: `galdist bench train` tells what it gains."""
     early_stopping: PositiveInt | None = None
     """Epochs without a lower validation loss after which training ends."""
     checkpoint_minutes: PositiveFloat = 10.0
