@@ -61,6 +61,7 @@ def with_matter(
             set=simulations[0].set or None,
             volume=matter_of.volume,
             snapshot=selection.snapshot,
+            redshift=selection.redshift,
             matter=selection.matter,
         ).open({})
         twins = {_namesake(other): other for other, _ in others}

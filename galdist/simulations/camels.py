@@ -29,7 +29,7 @@ def open_simulations(
     suite: str | None = None,
     set: str | None = None,
     volume: str | None = None,
-    snapshot: int | None = None,
+    snapshot: int | tuple[int, ...] | None = None,
     matter: Matter = "nbody",
 ) -> list[Simulation]:
     """The simulations of one set of one suite.
@@ -45,7 +45,8 @@ def open_simulations(
     volume
         such as ``L25n256``; may be left out where there is one.
     snapshot
-        number of the snapshot; that of z = 0 (90, or 33 in old releases) by default.
+        number of the snapshot, or several of which the first that is there counts; that of z = 0 (90, or 33
+        in old releases) by default.
     matter
         ``nbody``: the dark matter of the suite's N-body twins. ``hydro``: that of the runs with galaxies.
 
@@ -148,8 +149,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _snapshot_files(folder: Path, snapshot: int | None) -> tuple[int, tuple[Path, ...]]:
-    numbers = _AT_REDSHIFT_0 if snapshot is None else (snapshot,)
+def _snapshot_files(folder: Path, snapshot: int | tuple[int, ...] | None) -> tuple[int, tuple[Path, ...]]:
+    numbers = _AT_REDSHIFT_0 if snapshot is None else (snapshot,) if isinstance(snapshot, int) else snapshot
     for number in numbers:
         if files := find_chunks(folder, _SNAPSHOT[0], number, *_SNAPSHOT[1:]):
             return number, files
