@@ -121,8 +121,9 @@ class Box(NamedTuple):
         return open_store(self.store)[self.name]
 
 
-def find_boxes(steps: Sequence[Path], split: Split) -> list[Box]:
-    """The simulations of ``split`` in the grid stores of step folders, in the order of steps and stores."""
+def find_boxes(steps: Sequence[Path], split: Split | None) -> list[Box]:
+    """The simulations of ``split`` (None: of all splits) in the grid stores of step folders, in the order of
+    steps and stores."""
     stores = [step / "grids.zarr" for step in steps]
     return [Box(str(store), name) for store in stores for name in open_store(store).names(split)]
 

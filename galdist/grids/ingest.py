@@ -413,8 +413,10 @@ def _source(job: _Job, index: int) -> list[dict[str, Any]]:
     files = job.simulation.group_files if job.tracer == "galaxies" else job.files[index : index + 1]
     sources = []
     for file in files:
-        sha256 = durable.sha256(file) if job.checksums else None
-        sources.append({"file": str(file), "size": file.stat().st_size, "sha256": sha256})
+        is_store = file.is_dir()  # whose attributes say what it was made with
+        size = durable.folder_size(file) if is_store else file.stat().st_size
+        sha256 = durable.sha256(file) if job.checksums and not is_store else None
+        sources.append({"file": str(file), "size": size, "sha256": sha256})
     return sources
 
 

@@ -26,6 +26,7 @@ call."""
 MODELS: dict[str, str] = {
     "r2unet-classifier": "galdist.models.r2unet:R2UNetClassifier",
     "r2unet-regressor": "galdist.models.r2unet:R2UNetRegressor",
+    "necola": "galdist.models.displacements:Displacements",
     "vdm": "galdist.models.diffusion:VariationalDiffusion",
     "inception-classifier": "galdist.models.inception:InceptionClassifier",
     "inception-regressor": "galdist.models.inception:InceptionRegressor",

@@ -38,8 +38,8 @@ _CELLS_ALIKE = 1.05  # boxes of 25 and of 205 Mpc/h have no cell size in common,
 class PredictConfig(StrictModel):
     """Settings of a prediction."""
 
-    split: Split = "test"
-    """Simulations to predict."""
+    split: Split | Literal["all"] = "test"
+    """Simulations to predict: ``all`` where something is to be trained on the predictions."""
     tile: Annotated[int, Field(ge=4)] = 64
     """Side of the tiles [cells], which divides the mesh: more need more memory, less waste more on halos.
     Models that draw whole boxes (vdm) are evaluated in tiles, where the truth is known; what they draw does
@@ -333,8 +333,8 @@ def _tensor(value: Any) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _boxes(steps: Sequence[Path], split: Split) -> list[Box]:
-    boxes = find_boxes(steps, split)
+def _boxes(steps: Sequence[Path], split: Split | Literal["all"]) -> list[Box]:
+    boxes = find_boxes(steps, None if split == "all" else split)
     names = [box.name for box in boxes]
     where = ", ".join(str(step / "grids.zarr") for step in steps)
     if not boxes:
