@@ -464,7 +464,8 @@ class VoxelRegressor(VoxelObjective):
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         voxels = sums["voxels"].item()
         n, m, nn_, mm, nm = (sums["moments"] / voxels).tolist()
-        spread = ((nn_ - n * n) * (mm - m * m)) ** 0.5
+        # a constant field has no variance, which rounding may take below zero
+        spread = max((nn_ - n * n) * (mm - m * m), 0.0) ** 0.5
         threshold = self.threshold if self.classifier is None else self.classifier.threshold
         return {
             "loss": sums["loss"].item() / voxels,
