@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from small_runs import cut_down
@@ -32,7 +33,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters.write_text("\n".join(lines))
     for kind in ("Sims", "FOF_Subfind"):
         for file in sorted((root / kind).glob("IllustrisTNG*/*/CV/*/*_090.hdf5")):
-            shutil.copy(file, file.with_name(file.name.replace("090", "074")))
+            earlier = Path(shutil.copy(file, file.with_name(file.name.replace("090", "074"))))
+            with h5py.File(earlier, "r+") as hdf5:
+                hdf5["Header"].attrs["Redshift"] = 0.468
     return root
 
 

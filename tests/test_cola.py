@@ -194,10 +194,16 @@ class TestEvolution:
             "steps": 10,
             "initial_redshift": z,
             "mesh_factor": 3,
+            "outputs": [0.68],  # between two steps
         }
-        states = [displacement(p, box, n) for p in cola.evolve(mpi.world(), cosmology, **options)]
+        states = [
+            (p.scale_factor, displacement(p, box, n))
+            for p in cola.evolve(mpi.world(), cosmology, **options)
+            if p.between or p.scale_factor in (1.0, 0.05)
+        ]
+        assert [a for a, _ in states] == [0.05, 0.68, 1.0]
         growth = cola.Growth(cosmology)
-        first, final = (np.fft.rfftn(states[i], axes=(0, 1, 2)) for i in (0, -1))
+        first, *others = (np.fft.rfftn(state, axes=(0, 1, 2)) for _, state in states)
         k = np.linalg.norm(
             np.stack(np.meshgrid(*[np.fft.fftfreq(n, 1 / n)] * 2, np.arange(n // 2 + 1), indexing="ij")),
             axis=0,
@@ -207,8 +213,25 @@ class TestEvolution:
             (4, 8, 0.03),
         ):  # of 16, the Nyquist frequency of the particles
             here = (k >= low) & (k < high)
-            ratio = (np.conj(first[here]) * final[here]).real.sum() / (np.abs(first[here]) ** 2).sum()
-            assert ratio * growth.D1(1 / (1 + z)) == pytest.approx(1.0, abs=tolerance)
+            for (a, _), later in zip(states[1:], others, strict=True):
+                ratio = (np.conj(first[here]) * later[here]).real.sum() / (np.abs(first[here]) ** 2).sum()
+                assert ratio * growth.D1(1 / (1 + z)) == pytest.approx(growth.D1(a), rel=tolerance)
+
+    def test_outputs_join_the_steps_and_change_nothing(self):
+        """Just before and after a step an output is that step's particles."""
+        options = {**SMALL, "steps": 4}
+        plain = list(cola.evolve(mpi.world(), cola.Cosmology(), **options))
+        times = [plain[2].scale_factor * (1 - 1e-9), plain[2].scale_factor * (1 + 1e-9)]
+        states = list(cola.evolve(mpi.world(), cola.Cosmology(), **options, outputs=[*times[::-1], 1.0]))
+        assert [state.between for state in states] == [False, False, True, False, True, False, False]
+        steps = [state for state in states if not state.between]
+        for one, other in zip(steps, plain, strict=True):
+            assert (one.position == other.position).all()
+            assert (one.velocity == other.velocity).all()
+        for state in (states[2], states[4]):
+            offset = (state.position - plain[2].position + 16.0) % 32.0 - 16.0
+            assert np.abs(offset).max() < 1e-6
+            np.testing.assert_allclose(state.velocity, plain[2].velocity, atol=1e-4)
 
     def test_particles_stay_in_the_box_and_keep_their_momentum(self):
         particles = last(**SMALL, steps=5)

@@ -1,5 +1,7 @@
 """The mock galaxy formation model: what galaxies depend on, and what they must not depend on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,32 @@ def populate(halos, members, suite="MockA", feedback=FIDUCIAL, seed=1):
     return formation.populate(
         halos, members, trends, physics=formation.PHYSICS[suite], feedback=feedback, h=H, seed=seed
     )
+
+
+class TestRedshift:
+    @pytest.mark.parametrize(
+        ("redshift", "pivot", "efficiency"),
+        [(0.0, 11.59, 0.0351), (1.0, 12.1875, 0.02275), (3.0, 12.48625, 0.016575)],
+    )
+    def test_the_relation_of_moster_naab_and_white(self, redshift, pivot, efficiency):
+        """At their pivot mass the share of stars is N: table 1 and eqs. 11 and 12, by hand."""
+        mass = np.array([10**pivot])
+        none = dataclasses.replace(formation.PHYSICS["MockA"], supernova_strength=0.0, agn_strength=0.0)
+        stars = formation.mean_stellar_mass(mass * H, none, FIDUCIAL, H, redshift) / H
+        np.testing.assert_allclose(stars / mass, efficiency, rtol=1e-12)
+
+    def test_halos_of_one_mass_had_fewer_stars_and_formed_more(self):
+        halos, members = make_halos(300)
+        trends = formation.Trends.measure(halos.mass, halos.concentration, halos.formation_redshift)
+        options = {"physics": formation.PHYSICS["MockA"], "feedback": FIDUCIAL, "h": H, "seed": 1}
+        now = formation.populate(halos, members, trends, **options)
+        then = formation.populate(halos, members, trends, **options, redshift=1.0, age=0.43)
+        assert (now.halo == then.halo).all(), "the same satellites"
+        small = halos.mass[now.halo] < 1e12
+        assert (then.stellar_mass[small & now.is_central] < now.stellar_mass[small & now.is_central]).all()
+        forming = (now.star_formation_rate > 0) & (then.star_formation_rate > 0)
+        specific = [np.median((one.star_formation_rate / one.stellar_mass)[forming]) for one in (now, then)]
+        assert specific[1] > 3 * specific[0]
 
 
 class TestRandomNumbers:

@@ -44,7 +44,7 @@ def camels(tmp_path_factory):
     if find_spec("nbodykit") is None:
         pytest.skip("nbodykit is not installed: run `make setup`")
     out = tmp_path_factory.mktemp("camels")
-    run(out, simulations=2)
+    run(out, simulations=2, redshifts=[0.0, 0.47])
     return out
 
 
@@ -57,9 +57,9 @@ def tng(tmp_path_factory):
     return out / "MockA_L16n32_CV_0" / "output"
 
 
-def snapshot(out, index=0):
+def snapshot(out, index=0, number="090"):
     """Concatenated PartType1 of a CAMELS-layout simulation, and its headers."""
-    folder = out / "Sims" / "MockA_DM" / "L16n32" / "CV" / f"CV_{index}" / "snapdir_090"
+    folder = out / "Sims" / "MockA_DM" / "L16n32" / "CV" / f"CV_{index}" / f"snapdir_{number}"
     columns, headers = [], []
     for path in sorted(folder.glob("*.hdf5")):
         with h5py.File(path) as file:
@@ -68,8 +68,9 @@ def snapshot(out, index=0):
     return {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}, headers
 
 
-def catalog(out, suite="MockA", index=0):
-    with h5py.File(out / "FOF_Subfind" / suite / "L16n32" / "CV" / f"CV_{index}" / "groups_090.hdf5") as file:
+def catalog(out, suite="MockA", index=0, number="090"):
+    folder = out / "FOF_Subfind" / suite / "L16n32" / "CV" / f"CV_{index}"
+    with h5py.File(folder / f"groups_{number}.hdf5") as file:
         return (
             {name: value[()] for name, value in file["Group"].items()},
             {name: value[()] for name, value in file["Subhalo"].items()},
@@ -111,6 +112,12 @@ class TestSets:
             SimulateConfig(set="LH", Omega_b=0.12)
         with pytest.raises(ValidationError, match="n_particle"):
             SimulateConfig(n_particle=64)
+        with pytest.raises(ValidationError, match=r"no snapshot of camels is at redshift 0\.2;"):
+            SimulateConfig(redshifts=(0.0, 0.2))
+        with pytest.raises(ValidationError, match=r"two of .* are of one snapshot"):
+            SimulateConfig(redshifts=(0.47, 0.468))
+        with pytest.raises(ValidationError, match=r"7\.6 is before the start; initial_redshift is 5"):
+            SimulateConfig(redshifts=(7.6,), initial_redshift=5)
 
 
 @needs_nbodykit
@@ -188,6 +195,41 @@ class TestCamelsLayout:
         assert [line.split()[0] for line in lines[1:]] == ["CV_0", "CV_1"]
         assert lines[1].split()[1:] == ["0.30000", "0.80000", *["1.00000"] * 4, "30001"]
 
+    def test_an_earlier_snapshot(self, camels):
+        particles, headers = snapshot(camels, number="074")
+        groups, subhalos, _ = catalog(camels, number="074")
+        a = 0.681266
+        for header in (*headers, catalog(camels, number="074")[2]):
+            assert header["Time"] == pytest.approx(a)
+            assert header["Redshift"] == pytest.approx(1 / a - 1)
+        end = np.cumsum(groups["GroupLenType"][:, 1])
+        for i, (first, last) in enumerate(zip(end - groups["GroupLen"], end, strict=True)):
+            peculiar = particles["Velocities"][first:last].mean(axis=0) * np.sqrt(a)
+            np.testing.assert_allclose(groups["GroupVel"][i] / a, peculiar, atol=0.05)
+        now, galaxies, _ = catalog(camels)
+        # Structure has grown since, and the same matter has moved.
+        assert 0.3 < groups["GroupMass"].sum() / now["GroupMass"].sum() < 0.95
+        stars = [table["SubhaloMassType"][:, 4].sum() for table in (subhalos, galaxies)]
+        assert 0.2 < stars[0] / stars[1] < 0.95
+        today, _ = snapshot(camels)
+        assert (np.sort(particles["ParticleIDs"]) == np.sort(today["ParticleIDs"])).all()
+
+    def test_radii_are_of_the_density_of_their_time(self, camels):
+        groups, _, header = catalog(camels, number="074")
+        critical = CRITICAL_DENSITY * (0.3 + 0.7 * header["Time"] ** 3)  # comoving
+        for name, density in (("Crit200", 200 * critical), ("Mean200", 200 * CRITICAL_DENSITY * 0.3)):
+            mass, radius = groups[f"Group_M_{name}"] * 1e10, groups[f"Group_R_{name}"] / 1e3
+            found = mass > 0
+            assert found.sum() > 10
+            np.testing.assert_allclose(mass[found] / (4 / 3 * np.pi * radius[found] ** 3), density, rtol=1e-4)
+
+    def test_what_is_written_does_not_depend_on_other_redshifts(self, camels, tmp_path):
+        run(tmp_path, simulations=1)
+        written = list(tmp_path.rglob("*.hdf5"))
+        assert len(written) == 4
+        for path in written:
+            assert path.read_bytes() == (camels / path.relative_to(tmp_path)).read_bytes(), path.name
+
     def test_realizations_differ(self, camels):
         first, second = (snapshot(camels, i)[0]["Coordinates"] for i in (0, 1))
         assert np.abs(first - second).mean() > 100
@@ -197,7 +239,7 @@ class TestCamelsLayout:
         before = {path: path.stat().st_mtime_ns for path in camels.rglob("*.hdf5")}
         content = paths[1].snapshot(0).read_bytes()
         paths[1].last.unlink()  # as if the run had been killed before the end of CV_1
-        run(camels, simulations=2)
+        run(camels, simulations=2, redshifts=[0.0, 0.47])
         after = {path: path.stat().st_mtime_ns for path in camels.rglob("*.hdf5")}
         assert before.keys() == after.keys()
         changed = {path for path in before if before[path] != after[path]}

@@ -11,7 +11,7 @@ scheduler to synchronous for the whole process.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,15 @@ class Cosmology:
     def hubble(self, a: Any) -> Any:
         """E(a) = H(a)/H0 without radiation."""
         return np.sqrt(self.Omega_m * np.asarray(a) ** -3.0 + 1.0 - self.Omega_m)
+
+    def age(self, a: float) -> float:
+        """Age of the universe in units of today's, without radiation."""
+        ratio = (1.0 - self.Omega_m) / self.Omega_m
+        return float(np.arcsinh(np.sqrt(ratio) * a**1.5) / np.arcsinh(np.sqrt(ratio)))
+
+    def critical_density(self, a: float) -> float:
+        """Comoving critical density [(Msun/h)/(Mpc/h)^3]: that of ``a`` times a^3."""
+        return CRITICAL_DENSITY * (self.Omega_m + (1.0 - self.Omega_m) * a**3)
 
     @property
     def mean_density(self) -> float:
@@ -154,12 +163,15 @@ class Particles:
         (n, 3) comoving Mpc/h in [0, box_size).
     velocity
         (n, 3) peculiar km/s.
+    between
+        whether they are an output between two time steps.
     """
 
     scale_factor: float
     ids: np.ndarray
     position: np.ndarray
     velocity: np.ndarray
+    between: bool = False
 
 
 def evolve(
@@ -176,12 +188,15 @@ def evolve(
     transfer: Transfer = "CLASS",
     fixed_amplitude: bool = False,
     inverted_phase: bool = False,
+    outputs: Sequence[float] = (),
 ) -> Iterator[Particles]:
-    """Run COLA from 2LPT at ``initial_redshift`` to z=0, and yield the particles at the start and after each
-    step.
+    """Run COLA from 2LPT at ``initial_redshift`` to z=0, and yield the particles at the start, after each
+    step, and at ``outputs``.
 
-    Steps are equal in a. The white noise depends on ``seed`` alone: another number of ranks gives the same
-    particles, and another ``n_particles`` the same large-scale modes.
+    Steps are equal in a, and outputs do not change them: for one between two steps the particles of the step
+    before drift as far, and are kicked by the force that acts there. The white noise depends on ``seed``
+    alone: another number of ranks gives the same particles, and another ``n_particles`` the same large-scale
+    modes.
 
     Parameters
     ----------
@@ -199,6 +214,8 @@ def evolve(
         every mode has its mean amplitude and only a random phase (Angulo & Pontzen 2016, arXiv:1603.05253).
     inverted_phase
         the phases of the paired simulation: the initial field with the opposite sign.
+    outputs
+        scale factors.
     """
     require_nbodykit()
     from pmesh.pm import ParticleMesh
@@ -221,26 +238,41 @@ def evolve(
     _wrap(position, box_size)
     residual = np.zeros_like(psi1)  # T[x] minus that of 2LPT
 
-    for step, a_value in enumerate(a_steps):
-        a = float(a_value)
+    def accelerate(position: np.ndarray, a: float) -> np.ndarray:
         acceleration = force(position)
         acceleration -= growth.D1(a) * psi1
         acceleration -= (growth.D2(a) - growth.D1(a) ** 2) * psi2
         acceleration *= 1.5 * cosmology.Omega_m * a
+        return acceleration
+
+    def drift(a: float, a_to: float, a_velocity: float) -> np.ndarray:
+        moved = position + growth.drift(a, a_to, a_velocity) * residual
+        moved += (growth.D1(a_to) - growth.D1(a)) * psi1
+        moved += (growth.D2(a_to) - growth.D2(a)) * psi2
+        _wrap(moved, box_size)
+        return moved
+
+    def velocity(residual: np.ndarray, a: float) -> np.ndarray:
+        result = residual + growth.T_D1(a) * psi1 + growth.T_D2(a) * psi2
+        result *= HUBBLE / a  # a dx/dt with T[x] = a^3 E dx/da
+        return result
+
+    for step, a_value in enumerate(a_steps):
+        a = float(a_value)
+        acceleration = accelerate(position, a)
         if step > 0:
             residual += growth.kick(0.5 * (a_steps[step - 1] + a), a, a) * acceleration
-        velocity = residual + growth.T_D1(a) * psi1 + growth.T_D2(a) * psi2
-        velocity *= HUBBLE / a  # a dx/dt with T[x] = a^3 E dx/da
-        yield Particles(a, ids, position, velocity)
+        yield Particles(a, ids, position, velocity(residual, a))
         if step == steps:
             return
         a_next = float(a_steps[step + 1])
         a_middle = 0.5 * (a + a_next)
         residual += growth.kick(a, a_middle, a) * acceleration
-        position = position + growth.drift(a, a_next, a_middle) * residual
-        position += (growth.D1(a_next) - growth.D1(a)) * psi1
-        position += (growth.D2(a_next) - growth.D2(a)) * psi2
-        _wrap(position, box_size)
+        for a_out in sorted(time for time in outputs if a < time < a_next):
+            there = drift(a, a_out, a_middle)
+            kicked = residual + growth.kick(a_middle, a_out, a_out) * accelerate(there, a_out)
+            yield Particles(a_out, ids, there, velocity(kicked, a_out), between=True)
+        position = drift(a, a_next, a_middle)
 
 
 def friends_of_friends(

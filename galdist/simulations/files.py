@@ -1,4 +1,4 @@
-"""Simulation files: snapshots and group catalogs in the layouts of CAMELS and IllustrisTNG (HDF5, z=0).
+"""Simulation files: snapshots and group catalogs in the layouts of CAMELS and IllustrisTNG (HDF5).
 
 Names, units and types are those of the public files (Nelson et al. 2019, arXiv:1812.05609;
 Villaescusa-Navarro et al. 2022, arXiv:2201.01300): lengths ckpc/h, masses 1e10 Msun/h, snapshot velocities
@@ -7,7 +7,7 @@ km/s sqrt(a). Particles come in the order of their groups, the largest first, th
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,9 +15,9 @@ import numpy as np
 from galdist.simulations.cola import Cosmology
 from galdist.simulations.formation import Galaxies
 from galdist.simulations.halos import Halos, route
+from galdist.simulations.snapshots import Layout, snapshot_at
 from hpc import durable
 
-Layout = Literal["camels", "tng"]
 LENGTH = 1e3  # ckpc/h in a Mpc/h
 MASS = 1e-10  # file units in a Msun/h
 _DARK, _STARS, _TYPES = 1, 4, 6
@@ -25,7 +25,7 @@ _DARK, _STARS, _TYPES = 1, 4, 6
 
 @dataclass(frozen=True)
 class SimulationFiles:
-    """Where the files of one simulation are.
+    """Where the files of one simulation at one redshift are.
 
     ``out`` is the root of the tree, ``volume`` a name like ``L25n64``, ``set`` one like ``CV``; ``n_files``
     chunks.
@@ -38,6 +38,12 @@ class SimulationFiles:
     set: str
     index: int
     n_files: int
+    redshift: float = 0.0
+
+    @property
+    def scale_factor(self) -> float:
+        """Of the snapshot at this redshift."""
+        return snapshot_at(self.layout, self.redshift)[1]
 
     @property
     def name(self) -> str:
@@ -47,27 +53,33 @@ class SimulationFiles:
     def snapshot(self, chunk: int) -> Path:
         """One chunk of the snapshot."""
         if self.layout == "tng":
-            return self._tng / "output" / "snapdir_099" / f"snap_099.{chunk}.hdf5"
+            return self._tng / "output" / f"snapdir_{self._number}" / f"snap_{self._number}.{chunk}.hdf5"
         folder = self._camels("Sims", f"{self.suite}_DM")
         if self.n_files == 1:
-            return folder / "snapshot_090.hdf5"
-        return folder / "snapdir_090" / f"snapshot_090.{chunk}.hdf5"
+            return folder / f"snapshot_{self._number}.hdf5"
+        return folder / f"snapdir_{self._number}" / f"snapshot_{self._number}.{chunk}.hdf5"
 
     def groups(self, chunk: int = 0, nbody: bool = False) -> Path:
         """Group catalog: one file in the CAMELS layout, ``n_files`` chunks in that of TNG."""
         if self.layout == "tng":
-            return self._tng / "output" / "groups_099" / f"fof_subhalo_tab_099.{chunk}.hdf5"
-        return self._camels("FOF_Subfind", f"{self.suite}_DM" if nbody else self.suite) / "groups_090.hdf5"
+            folder = self._tng / "output" / f"groups_{self._number}"
+            return folder / f"fof_subhalo_tab_{self._number}.{chunk}.hdf5"
+        folder = self._camels("FOF_Subfind", f"{self.suite}_DM" if nbody else self.suite)
+        return folder / f"groups_{self._number}.hdf5"
 
     @property
     def offsets(self) -> Path:
         """TNG layout: where the particles of each group are."""
-        return self._tng / "postprocessing" / "offsets" / "offsets_099.hdf5"
+        return self._tng / "postprocessing" / "offsets" / f"offsets_{self._number}.hdf5"
 
     @property
     def last(self) -> Path:
-        """The file that is written last: where it exists, the simulation is complete."""
+        """The file that is written last: where it exists, all of them are complete."""
         return self.offsets if self.layout == "tng" else self.groups()
+
+    @property
+    def _number(self) -> str:
+        return f"{snapshot_at(self.layout, self.redshift)[0]:03d}"
 
     @property
     def _tng(self) -> Path:
@@ -85,6 +97,7 @@ class Header:
     box_size: float
     n_total: int
     particle_mass: float
+    scale_factor: float = 1.0
 
     def attributes(self) -> dict[str, Any]:
         """Header attributes that snapshots and catalogs share."""
@@ -94,8 +107,8 @@ class Header:
             "Omega0": self.cosmology.Omega_m,
             "OmegaLambda": 1.0 - self.cosmology.Omega_m,
             "OmegaBaryon": self.cosmology.Omega_b,
-            "Redshift": 0.0,
-            "Time": 1.0,
+            "Redshift": 1.0 / self.scale_factor - 1.0,
+            "Time": self.scale_factor,
             "UnitLength_in_cm": 3.085678e21,
             "UnitMass_in_g": 1.989e43,
             "UnitVelocity_in_cm_per_s": 1e5,
@@ -134,7 +147,7 @@ def write_snapshot(
             _snapshot_header(file, files, header, rows.stop - rows.start)
             group = file.create_group(f"PartType{_DARK}")
             group["Coordinates"] = file_positions(position[rows], header.box_size, files.layout)
-            group["Velocities"] = velocity[rows].astype("f4")  # a = 1
+            group["Velocities"] = (velocity[rows] / np.sqrt(header.scale_factor)).astype("f4")
             group["ParticleIDs"] = ids[rows].astype("u8") + 1  # 0 stands for no particle in these files
     comm.Barrier()
 
@@ -285,7 +298,7 @@ def _group_columns(header: Header, halos: Halos, galaxies: Galaxies | None) -> d
         "GroupMassType": by_type,
         "GroupNsubs": counts,
         "GroupPos": file_positions(halos.position, header.box_size),
-        "GroupVel": halos.mean_velocity.astype("f4"),
+        "GroupVel": (halos.mean_velocity * header.scale_factor).astype("f4"),  # km/s / a is peculiar
     }
     for name, key in (
         ("Crit200", "200c"),
@@ -361,7 +374,7 @@ def _write_offsets(
     starts: np.ndarray,
     group_table: dict[str, np.ndarray],
 ) -> None:
-    """TNG's ``offsets_099.hdf5``: first object of each file, and first particle of each object."""
+    """TNG's ``offsets_<number>.hdf5``: first object of each file, and first particle of each object."""
     host = np.repeat(np.arange(len(starts)), group_table["GroupNsubs"])
     central = np.zeros(len(host), bool)
     central[group_table["GroupFirstSub"][group_table["GroupNsubs"] > 0]] = True

@@ -2,12 +2,12 @@
 feedback.
 
 It stands for a hydrodynamic simulation where none is at hand. Stellar masses follow a double power law of
-halo mass (Moster, Naab & White 2013, arXiv:1205.5807, eq. 2), shifted by the halo's environment, formation
-time and concentration: two halos of one mass do not hold the same galaxies, so a halo model of mass alone
-cannot be right. Satellites follow the unevolved subhalo mass function of Giocoli, Tormen & van den Bosch
-(2008, arXiv:0712.1563). The four feedback parameters act in the sense of CAMELS (Villaescusa-Navarro et al.
-2021, arXiv:2010.00619). Every random number is a hash of (seed, halo, draw): galaxies do not depend on the
-number of ranks or the order of halos.
+halo mass (Moster, Naab & White 2013, arXiv:1205.5807, eq. 2; eqs. 11-14 for other redshifts), shifted by the
+halo's environment, formation time and concentration: two halos of one mass do not hold the same galaxies, so
+a halo model of mass alone cannot be right. Satellites follow the unevolved subhalo mass function of Giocoli,
+Tormen & van den Bosch (2008, arXiv:0712.1563). The four feedback parameters act in the sense of CAMELS
+(Villaescusa-Navarro et al. 2021, arXiv:2010.00619). Every random number is a hash of (seed, halo, draw):
+galaxies do not depend on the number of ranks or the order of halos.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from galdist.simulations.halos import MINIMUM_PARTICLES, Halos, Members, Table
 Suite = Literal["MockA", "MockB"]
 FEEDBACK = ("A_SN1", "A_AGN1", "A_SN2", "A_AGN2")
 PHOTOMETRIC_BANDS = ("U", "B", "V", "K", "g", "r", "i", "z")
+_PRESENT_AGE = 13.8  # of the universe [Gyr]
 _SATELLITE_DRAWS = 100  # draws of satellite k start at (k + 1) * this
 
 
@@ -31,14 +32,14 @@ class Physics:
     Attributes
     ----------
     efficiency, pivot_mass, low_slope, high_slope
-        N, M1, beta and gamma of Moster et al. (2013), eq. 2.
+        N, M1, beta and gamma of Moster et al. (2013), eq. 2, at z=0.
     environment, formation, concentration
         shift of log10 stellar mass for one standard deviation of overdensity, formation time and
         concentration at fixed mass.
     scatter
         standard deviation of log10 stellar mass at fixed halo properties.
     satellite_survival
-        fraction of all subhalos ever accreted that still hold a galaxy at z=0; the others have merged or are
+        fraction of all subhalos ever accreted that still hold a galaxy; the others have merged or are
         disrupted.
     satellite_environment
         shift of log10 of the mean number of satellites with one standard deviation of overdensity.
@@ -110,8 +111,8 @@ PHYSICS: dict[str, Physics] = {
 
 @dataclass
 class Galaxies(Table):
-    """Columns of n galaxies at z=0, by halo: the central first, then its satellites from the most massive
-    down.
+    """Columns of n galaxies at one time, by halo: the central first, then its satellites from the most
+    massive down.
 
     Attributes
     ----------
@@ -193,17 +194,25 @@ def environment(overdensity: np.ndarray) -> np.ndarray:
     return np.clip((np.log10(np.maximum(1.0 + overdensity, 1e-3)) - 0.1) / 0.4, -2.0, 2.0)
 
 
+# Moster et al. (2013), table 1: what z / (1 + z) adds to log10 M1, N, beta and gamma
+_PIVOT_EVOLUTION, _EFFICIENCY_EVOLUTION, _LOW_EVOLUTION, _HIGH_EVOLUTION = 1.195, -0.0247, -0.826, 0.329
+
+
 def mean_stellar_mass(
-    halo_mass: np.ndarray, physics: Physics, feedback: dict[str, float], h: float
+    halo_mass: np.ndarray, physics: Physics, feedback: dict[str, float], h: float, redshift: float = 0.0
 ) -> np.ndarray:
     """Stellar mass [Msun/h] of a central galaxy in an average halo of ``halo_mass`` [Msun/h].
+
+    With redshift the relation changes as that of Moster et al. (2013) does.
 
     Supernovae (A_SN1: energy, A_SN2: wind speed) take stars from small halos, black holes (A_AGN1: energy,
     A_AGN2: jet speed) from large ones.
     """
     mass = np.asarray(halo_mass) / h
-    x = mass / physics.pivot_mass
-    stars = 2.0 * physics.efficiency * mass / (x**-physics.low_slope + x**physics.high_slope)
+    past = redshift / (1.0 + redshift)
+    x = mass / (physics.pivot_mass * 10 ** (_PIVOT_EVOLUTION * past))
+    low, high = physics.low_slope + _LOW_EVOLUTION * past, physics.high_slope + _HIGH_EVOLUTION * past
+    stars = 2.0 * (physics.efficiency + _EFFICIENCY_EVOLUTION * past) * mass / (x**-low + x**high)
     supernova_mass = physics.supernova_mass * feedback["A_SN2"] ** 0.5  # faster winds leave larger halos
     weight = 1.0 / (1.0 + mass / supernova_mass)
     stars = stars * (feedback["A_SN1"] * feedback["A_SN2"] ** 0.5) ** (-physics.supernova_strength * weight)
@@ -221,6 +230,8 @@ def populate(
     feedback: dict[str, float],
     h: float,
     seed: int,
+    redshift: float = 0.0,
+    age: float = 1.0,
 ) -> Galaxies:
     """Galaxies of these halos.
 
@@ -234,18 +245,20 @@ def populate(
         A_SN1, A_AGN1, A_SN2, A_AGN2; 1 is fiducial.
     seed
         of the simulation.
+    redshift, age
+        of the halos; age of the universe then, in units of today's.
     """
     from scipy import stats  # a quarter of a second that validating a run file need not spend
 
     density = environment(halos.overdensity)
-    age = trends.formation.deviations(halos.mass, 1.0 + halos.formation_redshift)
+    early = trends.formation.deviations(halos.mass, 1.0 + halos.formation_redshift)
     compactness = trends.concentration.deviations(halos.mass, halos.concentration)
-    shift = physics.environment * density + physics.formation * age + physics.concentration * compactness
+    shift = physics.environment * density + physics.formation * early + physics.concentration * compactness
 
     # a Poisson number of satellites in each halo, fewer where it formed early, then a row for each galaxy
     smallest = MINIMUM_PARTICLES / np.maximum(halos.length, 1)  # of the host's mass
     mean = physics.satellite_survival * _subhalos_above(smallest)
-    mean *= 10 ** (physics.satellite_environment * density - 0.1 * age)
+    mean *= 10 ** (physics.satellite_environment * density - 0.1 * early)
     count = stats.poisson.ppf(uniform(seed, halos.identity, 0), mean).astype("i8")
     row = np.repeat(np.arange(len(halos)), count + 1)
     place = np.arange(len(row)) - np.repeat(np.cumsum(count + 1) - (count + 1), count + 1)
@@ -254,7 +267,7 @@ def populate(
 
     fraction = _subhalo_fraction(uniform(seed, identity, draws + 1), smallest[row])
     mass = halos.mass[row] * np.where(central, 1.0, fraction)
-    stars = mean_stellar_mass(mass, physics, feedback, h)
+    stars = mean_stellar_mass(mass, physics, feedback, h, redshift)
     stars *= 10 ** (shift[row] + physics.scatter * normal(seed, identity, draws + 2))
 
     # a satellite rides on a particle of its halo
@@ -263,13 +276,13 @@ def populate(
     velocity = np.where(central[:, None], halos.velocity[row], members.velocity[particle])
 
     log_stars = np.log10(stars / h)
-    quiescent = _quiescence(log_stars, central, density[row], age[row], physics, feedback)
+    quiescent = _quiescence(log_stars, central, density[row], early[row], physics, feedback)
     red = uniform(seed, identity, draws + 4) < quiescent
     noise = normal(seed, identity, draws + 5)
     color = np.where(
         red, 1.10 + 0.06 * (log_stars - 10.0) + 0.05 * noise, 0.65 + 0.12 * (log_stars - 10.0) + 0.1 * noise
     )
-    rate = _star_formation_rate(log_stars, red, normal(seed, identity, draws + 6))
+    rate = _star_formation_rate(log_stars, red, normal(seed, identity, draws + 6), _PRESENT_AGE * age)
     # Kravtsov (2013): 0.015 R200, wider in halos that spin (Mo, Mao & White 1998), smaller when quiescent
     virial = halos.half_mass_radius[row] * 2.0 * np.where(central, 1.0, fraction) ** (1 / 3)
     spin = np.clip(halos.spin[row] / 0.035, 0.2, 5.0)
@@ -337,19 +350,19 @@ def _quiescence(
     log_stars: np.ndarray,
     central: np.ndarray,
     density: np.ndarray,
-    age: np.ndarray,
+    early: np.ndarray,
     physics: Physics,
     feedback: dict[str, float],
 ) -> np.ndarray:
     """Probability of no star formation: it rises with stellar mass, environment and early formation."""
     pivot = np.log10(physics.quenching_mass) - 0.3 * np.log10(feedback["A_AGN1"] * feedback["A_AGN2"])
-    x = (log_stars - pivot) / physics.quenching_width + 0.5 * age + np.where(central, 0.3, 0.8) * density
+    x = (log_stars - pivot) / physics.quenching_width + 0.5 * early + np.where(central, 0.3, 0.8) * density
     return special.expit(x + np.where(central, 0.0, 0.7))
 
 
-def _star_formation_rate(log_stars: np.ndarray, red: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Main sequence of z=0 (Speagle et al. 2014, arXiv:1405.2041), 1.7 dex lower if quiescent [Msun/yr]."""
-    age = 13.8  # Gyr
+def _star_formation_rate(log_stars: np.ndarray, red: np.ndarray, noise: np.ndarray, age: float) -> np.ndarray:
+    """Main sequence in a universe of ``age`` [Gyr] (Speagle et al. 2014, arXiv:1405.2041), 1.7 dex lower if
+    quiescent [Msun/yr]."""
     sequence = (0.84 - 0.026 * age) * log_stars - (6.51 - 0.11 * age)
     rate = 10 ** (sequence + np.where(red, -1.7 + 0.4 * noise, 0.25 * noise))
     return np.where(red & (noise < -1.0), 0.0, rate)  # below what a particle of gas would form

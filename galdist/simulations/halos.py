@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numba import njit
 
-from galdist.constants import CRITICAL_DENSITY, GRAVITY
+from galdist.constants import GRAVITY
 from galdist.simulations.cola import (
     Cosmology,
     Particles,
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass
 class Halos(Table):
-    """Columns of the groups of this rank (n of them), comoving, at z=0.
+    """Columns of the groups of this rank (n of them), comoving, at one time.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Halos(Table):
     half_mass_radius
         of the group's particles around ``position`` [Mpc/h].
     angular_momentum
-        (n, 3) specific, around ``position`` [Mpc/h km/s].
+        (n, 3) specific, around ``position`` [Mpc/h km/s], of physical distances.
     spin
         lambda' of Bullock et al. (2001).
     concentration
@@ -146,7 +146,7 @@ def find_halos(
     Parameters
     ----------
     particles
-        of this rank, at a=1.
+        of this rank, at one time.
     progenitors
         (a, groups) at earlier times, a rising: `friends_of_friends` groups of the same particles.
     box_size
@@ -162,6 +162,7 @@ def find_halos(
         their particles.
     """
     n_total = comm.allreduce(len(particles.ids))
+    a = particles.scale_factor
     particle_mass = cosmology.mean_density * box_size**3 / n_total
     label = friends_of_friends(comm, particles.position, box_size, LINKING_LENGTH, MINIMUM_PARTICLES)
     grouped = np.flatnonzero(label > 0)
@@ -199,15 +200,16 @@ def find_halos(
 
     own = _group_properties(members.position, members.velocity, offset, box_size)
     center, core_velocity, mean_position, mean_velocity, dispersion, half_mass, momentum = own
-    formation = _formation_redshift(history, offset, np.array([a for a, _ in progenitors]))
+    momentum = a * momentum
+    formation = _formation_redshift(history, offset, np.array([time for time, _ in progenitors]), a)
     mass = particle_mass * length
-    spheres = _spherical_overdensities(comm, cosmology, particles.position, center, mass, box_size, n_total)
+    spheres = _spherical_overdensities(comm, cosmology, particles, center, mass, box_size, n_total)
     radius_200m, mass_200m = spheres["radius_200m"], spheres["mass_200m"]
     sphere_mass = cosmology.mean_density * 4 / 3 * np.pi * ENVIRONMENT_RADIUS**3
     overdensity = np.maximum(spheres.pop("mass_environment") - mass, 0.0) / sphere_mass - 1.0
 
     radius = (3 * mass / (800 * np.pi * cosmology.mean_density)) ** (1 / 3)
-    spin = np.linalg.norm(momentum, axis=1) / np.sqrt(2 * GRAVITY * mass * radius)
+    spin = np.linalg.norm(momentum, axis=1) / np.sqrt(2 * GRAVITY * mass * (a * radius))
     halos = Halos(
         number=number_of_label[labels[mine]],
         identity=identity[mine],
@@ -232,7 +234,7 @@ def find_halos(
 def _spherical_overdensities(
     comm: Any,
     cosmology: Cosmology,
-    position: np.ndarray,
+    particles: Particles,
     center: np.ndarray,
     mass: np.ndarray,
     box_size: float,
@@ -240,9 +242,12 @@ def _spherical_overdensities(
 ) -> dict[str, np.ndarray]:
     """Masses, radii and circular velocity around this rank's centers, from all particles of all ranks."""
     particle_mass = cosmology.mean_density * box_size**3 / n_total
-    x = cosmology.Omega_m - 1.0
-    top_hat = 18 * np.pi**2 + 82 * x - 39 * x**2  # Bryan & Norman (1998), eq. 6, at z=0
-    thresholds = CRITICAL_DENSITY * np.array([200.0, 200.0 * cosmology.Omega_m, 500.0, top_hat])
+    a, position = particles.scale_factor, particles.position
+    critical = cosmology.critical_density(a)
+    Omega_m = cosmology.mean_density / critical
+    x = Omega_m - 1.0
+    top_hat = 18 * np.pi**2 + 82 * x - 39 * x**2  # Bryan & Norman (1998), eq. 6
+    thresholds = critical * np.array([200.0, 200.0 * Omega_m, 500.0, top_hat])
     radius = _SEARCH * (3 * mass / (800 * np.pi * cosmology.mean_density)) ** (1 / 3)
     margin = max(*comm.allgather(float(radius.max(initial=0.0))), ENVIRONMENT_RADIUS)
 
@@ -263,7 +268,7 @@ def _spherical_overdensities(
     names = ("200c", "200m", "500c", "top_hat")
     table = {f"mass_{name}": particle_mass * result[:, i] for i, name in enumerate(names)}
     table |= {f"radius_{name}": result[:, 4 + i] for i, name in enumerate(names)}
-    table["v_max"] = np.sqrt(GRAVITY * particle_mass * result[:, 8])
+    table["v_max"] = np.sqrt(GRAVITY * particle_mass * result[:, 8] / a)
     table["r_max"] = result[:, 9]
     table["half_mass_radius_200m"] = result[:, 10]
     table["mass_environment"] = particle_mass * result[:, 11]
@@ -397,14 +402,16 @@ def _group_properties(
     return center, core_velocity, mean_position, mean_velocity, dispersion, half_mass, momentum
 
 
-def _formation_redshift(history: np.ndarray, offset: np.ndarray, scale_factors: np.ndarray) -> np.ndarray:
+def _formation_redshift(
+    history: np.ndarray, offset: np.ndarray, scale_factors: np.ndarray, now: float
+) -> np.ndarray:
     """Redshift at which the largest progenitor had half of each group's particles.
 
-    The progenitor at an earlier time is the group there that holds most of the particles of today's group;
-    its fraction grows from 0 at a=0 to 1 at a=1 and is interpolated linearly in a between the times that are
-    known.
+    The progenitor at an earlier time is the group there that holds most of the particles of the group of
+    ``now``; its fraction grows from 0 at a=0 to 1 at ``now`` and is interpolated linearly in a between the
+    times that are known.
     """
-    a_known = np.concatenate(([0.0], scale_factors, [1.0]))
+    a_known = np.concatenate(([0.0], scale_factors, [now]))
     fraction = np.ones((len(offset) - 1, len(a_known)))
     fraction[:, 0] = 0.0
     if len(scale_factors):

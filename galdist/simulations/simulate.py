@@ -5,8 +5,9 @@ and all is written in the layout of CAMELS or IllustrisTNG (`files`).
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from galdist.config import StrictModel
 from galdist.simulations import cola, files, formation, halos
 from galdist.simulations.cola import Cosmology
 from galdist.simulations.formation import FEEDBACK
+from galdist.simulations.snapshots import Layout, snapshot_at
 from galdist.statistics import require_nbodykit
 from hpc import durable, mpi, progress
 
@@ -46,8 +48,10 @@ class SimulateConfig(StrictModel):
     """Make only these simulations of the set (0 to simulations - 1)."""
     seed: Annotated[int, Field(ge=0, lt=200_000)] = 0
     """Simulation i has the seed 10000 * seed + i + 1 (0 and 1 would give pmesh the same noise)."""
-    layout: files.Layout = "camels"
+    layout: Layout = "camels"
     """Tree and names of the files."""
+    redshifts: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0,)
+    """What is written, all of one run: redshifts of CAMELS' snapshots (two digits), or of TNG's full ones."""
     n_files: Annotated[int, Field(ge=1)] = 1
     """Chunks of a snapshot; ranks write them side by side, so no fewer than ranks in large runs."""
     box_size: Annotated[float, Field(gt=2 * halos.ENVIRONMENT_RADIUS)] = 25.0
@@ -78,6 +82,14 @@ class SimulateConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> "SimulateConfig":
+        times = [snapshot_at(self.layout, redshift)[1] for redshift in self.redshifts]
+        if len(set(times)) < len(times):
+            raise ValueError(f"redshifts: two of {self.redshifts} are of one snapshot")
+        if 1 / min(times) - 1 >= self.initial_redshift:
+            raise ValueError(
+                f"redshifts: {max(self.redshifts):g} is before the start; initial_redshift is "
+                f"{self.initial_redshift:g}"
+            )
         wrong = [i for i in self.select or () if not 0 <= i < self.simulations]
         if wrong:
             raise ValueError(
@@ -152,26 +164,32 @@ def simulate(config: SimulateConfig, inputs: Mapping[str, list[Path]], out: Path
     comm = mpi.world()
     chosen = universes(config)
     places = [
-        files.SimulationFiles(
-            out=out,
-            layout=config.layout,
-            suite=config.suite,
-            volume=config.volume,
-            set=config.set,
-            index=universe.index,
-            n_files=config.n_files,
-        )
+        [
+            files.SimulationFiles(
+                out=out,
+                layout=config.layout,
+                suite=config.suite,
+                volume=config.volume,
+                set=config.set,
+                index=universe.index,
+                n_files=config.n_files,
+                redshift=redshift,
+            )
+            for redshift in sorted(config.redshifts, reverse=True)
+        ]
         for universe in chosen
     ]
-    complete = comm.bcast([paths.last.exists() for paths in places])
+    complete = comm.bcast([all(paths.last.exists() for paths in outputs) for outputs in places])
     particle = (24 if config.layout == "tng" else 12) + 12 + 8  # position, velocity, ID
     missing = complete.count(False)
     durable.require_space(
-        out, missing * particle * config.n_particles**3, f"particles of {missing} simulations"
+        out,
+        missing * len(config.redshifts) * particle * config.n_particles**3,
+        f"particles of {missing} simulations",
     )
-    for done, (universe, paths, there) in enumerate(zip(chosen, places, complete, strict=True)):
+    for done, (universe, outputs, there) in enumerate(zip(chosen, places, complete, strict=True)):
         if not there:
-            _make(comm, config, universe, paths, done, len(chosen))
+            _make(comm, config, universe, outputs, done, len(chosen))
     if comm.rank == 0:
         files.write_parameters(
             files.parameters_path(out, config.suite, config.volume, config.set),
@@ -185,25 +203,22 @@ def _make(
     comm: Any,
     config: SimulateConfig,
     universe: Universe,
-    paths: files.SimulationFiles,
+    outputs: Sequence[files.SimulationFiles],
     done: int,
     total: int,
 ) -> None:
-    """One simulation, from initial conditions to files."""
+    """One simulation, from initial conditions to the files of each output, the earliest first."""
 
     def report(part: float, note: str) -> None:
         if comm.rank == 0:
-            progress.report(done + part, total, f"{config.suite} {paths.name}: {note}")
+            progress.report(done + part, total, f"{config.suite} {outputs[0].name}: {note}")
 
-    cosmology, n_total = universe.cosmology, config.n_particles**3
-    header = files.Header(
-        cosmology, config.box_size, n_total, cosmology.mean_density * config.box_size**3 / n_total
-    )
+    waiting = {paths.scale_factor: paths for paths in outputs}
     pending = list(_PROGENITOR_TIMES)
-    progenitors = []
+    progenitors: list[tuple[float, np.ndarray]] = []
     steps = cola.evolve(
         comm,
-        cosmology,
+        universe.cosmology,
         box_size=config.box_size,
         n_particles=config.n_particles,
         seed=universe.seed,
@@ -214,21 +229,46 @@ def _make(
         transfer=config.transfer,
         fixed_amplitude=config.fixed_amplitude,
         inverted_phase=config.inverted_phase,
+        outputs=list(waiting),
     )
     report(0.0, "initial conditions")
-    for step, particles in enumerate(steps):
+    step = -1
+    for particles in steps:
         a = particles.scale_factor
-        if step < config.steps and pending and a >= pending[0]:
+        step += not particles.between
+        share = 0.8 * (step + 1) / (config.steps + 1) + 0.2 * (1 - len(waiting) / len(outputs))
+        report(share, f"step {step} of {config.steps}, z={1 / a - 1:.2f}")
+        if a in waiting:
+            paths = waiting.pop(a)
+            _write(comm, config, universe, paths, particles, progenitors, partial(report, share))
+            if not waiting:
+                break
+        # Not at outputs, so that what is written of one redshift does not depend on which others are.
+        if step < config.steps and pending and a >= pending[0] and not particles.between:
             pending = [time for time in pending if time > a]
             groups = cola.friends_of_friends(
                 comm, particles.position, config.box_size, halos.LINKING_LENGTH, halos.MINIMUM_PARTICLES
             )
             progenitors.append((a, groups))
-        report(0.8 * (step + 1) / (config.steps + 1), f"step {step} of {config.steps}, z={1 / a - 1:.2f}")
-    report(0.82, "halos")
+
+
+def _write(
+    comm: Any,
+    config: SimulateConfig,
+    universe: Universe,
+    paths: files.SimulationFiles,
+    particles: cola.Particles,
+    progenitors: Sequence[tuple[float, np.ndarray]],
+    report: Callable[[str], None],
+) -> None:
+    """Halos, galaxies and files of one time; ``progenitors`` are groups at earlier ones."""
+    cosmology, n_total, a = universe.cosmology, config.n_particles**3, particles.scale_factor
+    header = files.Header(
+        cosmology, config.box_size, n_total, cosmology.mean_density * config.box_size**3 / n_total, a
+    )
+    report("halos")
     number, own, members = halos.find_halos(comm, cosmology, particles, progenitors, config.box_size)
-    del progenitors
-    report(0.9, "galaxies")
+    report("galaxies")
     everything = halos.Halos.concatenate(comm.allgather(own))
     everything = everything.take(np.argsort(everything.number))
     trends = formation.Trends.measure(
@@ -242,10 +282,12 @@ def _make(
         feedback=universe.feedback,
         h=cosmology.h,
         seed=universe.seed,
+        redshift=1.0 / a - 1.0,
+        age=cosmology.age(a),
     )
     galaxies = comm.gather(galaxies)
 
-    report(0.92, "files")
+    report("files")
     starts = np.cumsum(everything.length) - everything.length
     index = [starts[n] + np.arange(length) for n, length in zip(own.number, own.length, strict=True)]
     free = number < 0
@@ -267,9 +309,10 @@ def _make(
             files.write_groups(paths, header, everything, None, starts)
         files.write_groups(paths, header, everything, galaxies, starts)
         log.info(
-            "%s %s: %d halos, %d galaxies above 1e9 Msun/h",
+            "%s %s, z=%.2f: %d halos, %d galaxies above 1e9 Msun/h",
             config.suite,
             paths.name,
+            1 / a - 1,
             len(everything),
             (galaxies.stellar_mass > 1e9).sum(),
         )
