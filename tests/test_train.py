@@ -383,3 +383,44 @@ def test_the_history_knows_the_gpu(grids: Path, tmp_path: Path) -> None:
         assert 0 <= row["device_wait_fraction"] <= 1
         assert 0 < row["peak_gpu_memory"] < 1
     assert {"device_wait_fraction", "peak_gpu_memory"} <= {row["metric"] for row in load_metrics(tmp_path)}
+
+
+def test_compiling_is_for_crops_and_needs_a_compiler(
+    grids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValidationError, match=r"compile is for crops.*sqr learns from rows"):
+        TrainConfig(model={"name": "sqr", "inputs": ["a"], "targets": ["b"]}, epochs=1, compile=True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/compiler"))
+    with pytest.raises(ValueError, match=r"compile is true, but torch\.compile fails here.*C\+\+ compiler"):
+        run(grids, tmp_path / "out", compile=True)
+
+
+@pytest.mark.slow  # compiling takes most of a minute
+def test_a_compiled_training_is_the_same_and_goes_on_without(grids: Path, tmp_path: Path) -> None:
+    small = CLASSIFIER["model"] | {"channels": [4], "recurrence": 0}
+    plain = run(grids, tmp_path / "plain", model=small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_validate", lambda self: sys.exit(1))
+        with pytest.raises(SystemExit):
+            run(grids, tmp_path / "compiled", model=small, compile=True)
+    for name, value in last_weights(tmp_path / "compiled").items():
+        assert name in plain, name
+        assert value.shape == plain[name].shape
+    whole = run(grids, tmp_path / "compiled", model=small)  # the rest is not compiled
+    assert whole.keys() == plain.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(value, plain[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_compile_what_one_does(grids: Path, tmp_path: Path) -> None:
+    small = CLASSIFIER["model"] | {"channels": [4], "recurrence": 0}
+    changes = {"model": small, "epochs": 1}
+    plain = run(grids, tmp_path / "plain", **changes)
+    with Ranks(
+        "train", CLASSIFIER | changes | {"compile": True}, {"grids": [grids]}, tmp_path / "two", 2
+    ) as ranks:
+        ranks.succeed()
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, plain[name], atol=1e-4, rtol=1e-4)
