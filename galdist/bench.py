@@ -214,7 +214,8 @@ def _speed(
     peaks.append(_peak(group, config.training.precision))
     training.close()
     on_gpu = group.device.type == "cuda"
-    cpu = f"CPU, {torch.get_num_threads()} threads a rank"
+    threads = torch.get_num_threads()
+    cpu = f"CPU, {threads} {'thread' if threads == 1 else 'threads'} a rank"
     return {
         "ranks": group.world_size,
         "device": torch.cuda.get_device_name(group.device) if on_gpu else cpu,

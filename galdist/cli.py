@@ -508,11 +508,11 @@ def show_config(source: Source, sets: Sets = None) -> None:
     print(config.load(source, tuple(sets or ())).to_yaml(), end="")
 
 
-bench = typer.Typer(help="How fast a machine does the steps of a run.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+benchmarks = typer.Typer(help="How fast a machine does the steps of a run.", no_args_is_help=True)
+app.add_typer(benchmarks, name="bench")
 
 
-@bench.command("train")
+@benchmarks.command("train")
 def bench_train(
     source: Source,
     step: Annotated[str, typer.Option(metavar="STEP", help="The train step.")],
@@ -561,7 +561,7 @@ def bench_train(
                     f"{faster * first.ranks / now.ranks:.0%}",
                 ]
             )
-            _say(f"{now.ranks} ranks: {now.samples:.3g} samples/s")
+            _say(f"ranks {now.ranks}: {now.samples:.3g} samples/s")
     except bench.BenchError as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
