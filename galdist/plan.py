@@ -142,7 +142,9 @@ def plan(
         reads = {other for names in step.inputs.values() for other in names}
         if not reads <= planned.keys():
             continue  # of a step with a problem
-        entry = _identify(step, stages[step.stage], run.configs[name], external, planned, measured.get(name))
+        entry = _identify(
+            step, stages[step.stage], run.configs[name], external, planned, measured.get(name), out, before
+        )
         runs, why = _decide(out, entry, before)
         if name in first or any(planned[other].again for other in reads):
             runs, why = True, "asked for with --from" if name in first else f"follows {start_from}"
@@ -204,15 +206,21 @@ def _identify(
     external: dict[str, str],
     planned: Mapping[str, PlannedStep],
     measured: float | None,
+    out: Path,
+    before: Mapping[str, Any],
 ) -> PlannedStep:
     inputs = {other: planned[other].fingerprint for names in step.inputs.values() for other in names}
-    fingerprint = durable.fingerprint(
-        {
-            "stage": step.stage,
-            "config": _without_places(config, external),
-            "inputs": {role: [[name, inputs[name]] for name in names] for role, names in step.inputs.items()},
-        }
-    )
+
+    def fingerprint_of(config: Any) -> str:
+        roles = {role: [[name, inputs[name]] for name in names] for role, names in step.inputs.items()}
+        return durable.fingerprint({"stage": step.stage, "config": config, "inputs": roles})
+
+    plain = _without_places(config, external)
+    fingerprint = fingerprint_of(plain)
+    if before and before["fingerprint"] != fingerprint:
+        # Settings that galdist has learned since, left at their defaults, are as if they were not there.
+        as_then = fingerprint_of(_of_then(plain, config, _saved_config(out / step.name)))
+        fingerprint = as_then if as_then == before["fingerprint"] else fingerprint
     expected = measured if measured is not None else step.expected
     return PlannedStep(step, stage, config, fingerprint, inputs, external, expected, measured is not None)
 
@@ -238,10 +246,11 @@ def _changes(folder: Path, entry: PlannedStep, before: dict[str, Any]) -> list[s
     """What is not as it was when ``folder`` was filled."""
     if before["stage"] != entry.step.stage:
         return [f"stage changed: {before['stage']} -> {entry.step.stage}"]
-    config = yaml.safe_load((folder / CONFIG).read_text()) if (folder / CONFIG).exists() else {}
+    config = _saved_config(folder)
+    now = _of_then(entry.config.model_dump(mode="json"), entry.config, config)
     old, new = before["inputs"], entry.inputs
     return [
-        *(f"config changed: {text}" for text in _differences(config, entry.config.model_dump(mode="json"))),
+        *(f"config changed: {text}" for text in _differences(config, now)),
         *(
             f"{path} changed"
             for path, listing in entry.external.items()
@@ -251,6 +260,27 @@ def _changes(folder: Path, entry: PlannedStep, before: dict[str, Any]) -> list[s
         *(f"input {name} added" for name in new if name not in old),
         *(f"input {name} removed" for name in old if name not in new),
     ]
+
+
+def _saved_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a step folder was filled with; empty before there is one."""
+    return dict(yaml.safe_load((folder / CONFIG).read_text())) if (folder / CONFIG).exists() else {}
+
+
+def _of_then(plain: Any, value: Any, saved: Any) -> Any:
+    """``plain``, the data of ``value``, without what ``saved`` lacks and is at its default."""
+    if isinstance(value, BaseModel) and isinstance(saved, dict):
+        fields = type(value).model_fields
+        return {
+            name: _of_then(plain[name], getattr(value, name), saved.get(name))
+            for name, field in fields.items()
+            if name in saved or getattr(value, name) != field.get_default(call_default_factory=True)
+        }
+    if isinstance(value, Mapping) and isinstance(saved, dict):
+        return {key: _of_then(plain[key], item, saved.get(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple) and isinstance(saved, list) and len(value) == len(saved):
+        return [_of_then(*items) for items in zip(plain, value, saved, strict=True)]
+    return plain
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -31,6 +31,13 @@ class PiecesConfig(StrictModel):
     seconds: float = 0.0
 
 
+class EarlierPiecesConfig(StrictModel):
+    """As `PiecesConfig` was before it had all of its settings."""
+
+    seed: int
+    n_pieces: int = 4
+
+
 class ReadConfig(StrictModel):
     """A stage that reads a folder no step made."""
 
@@ -52,6 +59,11 @@ def pieces(config: PiecesConfig, inputs: Inputs, out: Path) -> None:
             durable.write_text(out / f"piece-{number}.txt", str(_piece(config, number)))
         progress.report(number + 1, config.n_pieces, "pieces")
     _conclude(config, inputs, out)
+
+
+def earlier_pieces(config: EarlierPiecesConfig, inputs: Inputs, out: Path) -> None:
+    """`pieces` of an earlier version."""
+    pieces(PiecesConfig(**config.model_dump()), inputs, out)
 
 
 def dask_pieces(config: PiecesConfig, inputs: Inputs, out: Path) -> None:

@@ -1,5 +1,6 @@
 """The pipeline: what runs and why, what is kept, what becomes of results that no longer fit."""
 
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -92,6 +93,23 @@ def test_a_change_computes_what_depends_on_it(run: Callable[..., list[str]], tmp
         "d": "input b changed",
     }
     assert run(changed) == ["b", "d"]
+
+
+def test_settings_that_came_with_a_later_version(tmp_path: Path) -> None:
+    """Left at their defaults they are no reason to compute anything again."""
+    earlier = STAGES | {
+        "pieces": dataclasses.replace(STAGES["pieces"], function="small_stages:earlier_pieces")
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(study()))
+    before = config.load(str(tmp_path / "run.yaml"), (), earlier)
+    pipeline.execute(before, tmp_path / "out", DEBUG, lambda view: None, stages=earlier)
+    assert set(plans(tmp_path, study()).values()) == {""}
+    assert plans(tmp_path, study(b={"seconds": 0.01})) == {
+        "a": "",
+        "b": "config changed: seconds: null -> 0.01",
+        "c": "",
+        "d": "input b changed",
+    }
 
 
 def test_the_seed_changes_only_stages_that_take_one(run: Callable[..., list[str]], tmp_path: Path) -> None:
