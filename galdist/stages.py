@@ -50,7 +50,9 @@ STAGES: dict[str, Stage] = {
     "sample": Stage("galdist.training.sample:sample", "ddp", ("catalogs+", "models+"), ranks=2),
     "baseline": Stage("galdist.statistics.baselines:baseline", "serial", ("catalogs+",)),
     "hod": Stage("galdist.statistics.hod:hod", "serial", ("catalogs+", "training*", "grids+")),
-    "spectra": Stage("galdist.statistics.spectra:spectra", "mpi", ("grids+", "predictions*"), ranks=2),
+    "spectra": Stage(
+        "galdist.statistics.spectra:spectra", "mpi", ("grids+", "predictions*", "catalogs*"), ranks=2
+    ),
     "field-statistics": Stage(
         "galdist.statistics.fields:field_statistics", "mpi", ("grids+", "predictions*"), ranks=2
     ),

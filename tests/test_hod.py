@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.integrate import quad
 
 from galdist.catalogs.catalog import CatalogWriter, open_catalog
+from galdist.constants import GRAVITY
 from galdist.grids.mass_assignment import assign
 from galdist.grids.store import Field, SimulationAttrs, create_store, open_store
 from galdist.statistics.hod import (
@@ -17,6 +20,7 @@ from galdist.statistics.hod import (
     concentration,
     expected_points,
     hod,
+    nfw_dispersion,
     nfw_radius,
     paint,
 )
@@ -39,7 +43,8 @@ def halos(n=300, seed=0, box_size=25.0):
     mass = halo_masses(n, seed) * 3
     radius = 0.16 * (mass / 1e12) ** (1 / 3)
     position = rng.uniform(0, box_size, (n, 3))
-    return Halos(mass, radius, concentration(mass, 0.0, "200c"), position, box_size)
+    velocity, circular = rng.normal(0, 200, (n, 3)), np.sqrt(GRAVITY * mass / radius)
+    return Halos(mass, radius, concentration(mass, 0.0, "200c"), position, velocity, circular, box_size)
 
 
 def test_parameters_are_recovered_within_their_errors():
@@ -145,7 +150,15 @@ def test_radii_follow_the_nfw_profile(c):
 def test_satellites_are_distributed_as_in_halotools():
     models = pytest.importorskip("halotools.empirical_models")
     n, c = 20_000, 8.0
-    one = Halos(np.array([1e13]), np.array([0.3]), np.array([c]), np.full((1, 3), 12.0), 25.0)
+    one = Halos(
+        np.array([1e13]),
+        np.array([0.3]),
+        np.array([c]),
+        np.full((1, 3), 12.0),
+        np.zeros((1, 3)),
+        np.ones(1),
+        box_size=25.0,
+    )
     rng = np.random.default_rng(0)
     offset = one.place(np.zeros(n, int), rng.random((n, 3))) - 12.0
     ours = np.sqrt((offset**2).sum(axis=1)) / 0.3
@@ -155,6 +168,46 @@ def test_satellites_are_distributed_as_in_halotools():
     for axis in range(3):  # isotropic: each direction cosine is uniform
         cosine = offset[:, axis] / np.sqrt((offset**2).sum(axis=1))
         assert stats.kstest(cosine, "uniform", (-1, 2)).pvalue > 1e-3
+
+
+def test_dispersion_solves_the_equation_of_jeans():
+    """Isotropic: rho sigma^2 = integral of rho G M / r^2 from r on, here in units of the halo."""
+    for c in (2.0, 5.0, 15.0):
+
+        def enclosed(q, c=c):
+            return (np.log1p(c * q) - c * q / (1 + c * q)) / (np.log1p(c) - c / (1 + c))
+
+        def density(q, c=c):
+            return 1 / (q * (1 + c * q) ** 2)
+
+        q = np.array([0.01, 0.1, 0.3, 1.0])
+        pressure = [
+            quad(lambda s: density(s) * enclosed(s) / s**2, one, np.inf, epsrel=1e-10)[0] for one in q
+        ]
+        np.testing.assert_allclose(nfw_dispersion(q, c), np.sqrt(pressure / density(q)), rtol=1e-6)
+    assert (np.diff(nfw_dispersion([0.0, 1e-8, 1e-5, 1e-3, 0.02], 5.0)) >= 0).all()
+
+
+def test_velocities_are_those_of_halotools():
+    models = pytest.importorskip("halotools.empirical_models")
+    n, c = 20_000, 8.0
+    sample = halos(1)
+    one = dataclasses.replace(sample, concentration=np.array([c]))
+    occupation = PowerLaw(M_min=1e9, M_1=float(one.mass[0]) / n, alpha=1.0)
+    galaxies = paint(occupation, one, np.random.default_rng(0))
+    central = galaxies["is_central"]
+    assert (galaxies["velocity"][central] == one.velocity).all()
+    orbits = (galaxies["velocity"][~central] - one.velocity[0]) / one.circular_velocity[0]
+    offset = (galaxies["position"][~central] - one.position[0] + 12.5) % 25.0 - 12.5
+    radius = np.linalg.norm(offset, axis=1) / one.radius[0]
+    theirs = models.NFWPhaseSpace(conc_mass_model="direct_from_halo_catalog")
+    for low, high in ((0.05, 0.1), (0.3, 0.35), (0.8, 0.85)):
+        shell = (radius > low) & (radius < high)
+        expected = theirs.dimensionless_radial_velocity_dispersion(np.array([(low + high) / 2]), c)[0]
+        for axis in range(3):
+            found = orbits[shell, axis]
+            assert found.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * shell.sum())), (low, axis)
+            assert stats.kstest(found / found.std(), "norm").pvalue > 1e-3
 
 
 @pytest.mark.parametrize("definition", ["200c", "200m"])
@@ -266,6 +319,7 @@ def universe(path, n_boxes=4, n_mesh=32, suite="MockA", prefix="A"):
             "mass_200c": np.where(np.arange(sample.mass.size) % 10 == 0, 0.0, sample.mass),
             "radius_200c": sample.radius,
             "position": sample.position,
+            "velocity": sample.velocity,
         }
         number = np.bincount(galaxies["halo"], minlength=sample.mass.size)
         writer.add(

@@ -59,6 +59,11 @@ def _throughput(ax: Axes) -> None:
     plots.plot_throughput(ax, epoch, {"samples/s": 60 + 0 * epoch, **waiting})
 
 
+def _quadrupole(ax: Axes) -> None:
+    curves = {label: Curve(c.value - 0.5, c.error, [c.value - 0.4]) for label, c in _curves().items()}
+    plots.plot_quadrupole(ax, K, curves, PALETTE, NYQUIST)
+
+
 def _slice(ax: Axes) -> None:
     plots.plot_slice(ax, np.arange(64.0).reshape(8, 8), 25.0, "counts", title="cost: 5$ to 10$", vmax=30)
 
@@ -69,7 +74,7 @@ def _occupation(ax: Axes) -> None:
     plots.plot_occupation(ax, mass, Curve(mean, 0.1 * mean), mean, 5e11)
 
 
-DRAWINGS = [_power, _correlation, _transfer, _loss, _scores, _throughput, _occupation, _slice]
+DRAWINGS = [_power, _quadrupole, _correlation, _transfer, _loss, _scores, _throughput, _occupation, _slice]
 
 
 def _drawn(draw: Callable[[Axes], None]) -> Axes:
@@ -119,6 +124,14 @@ def test_lines_and_bands_are_the_values_and_errors_given() -> None:
     at = band[np.isclose(band[:, 0], K[10])][:, 1]
     assert at.max() == pytest.approx(given["occupation"].value[10] * 1.05)
     assert at.min() == pytest.approx(given["occupation"].value[10] * 0.95)
+
+
+def test_quadrupoles_are_drawn_times_the_wavenumber() -> None:
+    with plots.style():
+        ax = _drawn(_quadrupole)
+    (label, curve) = next(iter(_curves().items()))
+    drawn = [line.get_ydata() for line in ax.get_lines() if np.size(line.get_ydata()) == K.size]
+    assert any(np.allclose(y, K * (curve.value - 0.5)) for y in drawn), label
 
 
 def test_one_field_looks_the_same_in_every_figure() -> None:

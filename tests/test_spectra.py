@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from galdist import statistics
+from galdist.catalogs.catalog import CatalogWriter
 from galdist.grids.store import Field, SimulationAttrs, StoreError, create_store
 from galdist.statistics.spectra import (
     SpectraConfig,
@@ -66,6 +67,46 @@ def test_wrong_inputs_are_refused_before_anything_is_read(tmp_path):
     nameless = write_store(tmp_path / "truth" / "prediction.zarr", fields=["galaxy_counts"])
     check(tmp_path, "cannot be called 'truth'", [nameless])
     check(tmp_path, "no grid store here", [tmp_path / "nothing"], error=StoreError)
+
+
+def test_galaxies_of_another_redshift_are_refused(tmp_path):
+    grids = write_store(tmp_path / "grids" / "grids.zarr")
+    galaxies = {"galaxies": {"position": np.ones((4, 3)), "velocity": np.ones((4, 3))}}
+    for redshift in (0.5, 0.0):
+        attrs = SimulationAttrs(name="box", box_size=25.0, redshift=redshift, suite="mock", split="test")
+        writer = CatalogWriter(tmp_path / f"z{redshift}" / "catalog.zarr")
+        writer.add(attrs, galaxies)
+        writer.finish(["box"])
+    for redshift, words in (
+        (0.5, "box at redshift 0 is in 0 of the catalogs"),
+        (0.0, "Omega_m is not known"),
+    ):
+        inputs = {"grids": [grids], "catalogs": [tmp_path / f"z{redshift}"]}
+        with pytest.raises(ValueError, match=words):
+            spectra(SpectraConfig(), inputs, tmp_path / "out")
+
+
+def test_a_band_average_has_the_quadrupole_over_the_monopole():
+    found = measured([4.0, 4.0, 4.0], [4.0, 4.0, 4.0], [4.0, 4.0, 4.0], [2, 8, 8])
+    poles = {
+        "truth": {
+            "monopole": np.array([9.0, 5.0, 3.0]),
+            "quadrupole": np.array([9.0, 1.0, 2.0]),
+            "shot_noise": 1.0,
+        },
+        "model": {
+            "monopole": np.array([9.0, 8.0, 6.0]),
+            "quadrupole": np.array([9.0, 0.0, -3.0]),
+            "shot_noise": 2.0,
+        },
+    }
+    config = SpectraConfig(band=(0.0, 3.0), power_bands=[(1.0, 3.0)])
+    rows = _rows(config, {"a": found | {"multipoles": poles}}, {"a": "x"})
+    values = {row["metric"]: row["value"] for row in rows if row["sample"] == "a"}
+    assert values["quadrupole/truth/k1-3"] == pytest.approx(1.5 / 3)
+    assert values["quadrupole/model/k1-3"] == pytest.approx(-1.5 / 5)
+    assert values["monopole_ratio/model/k1-3"] == pytest.approx(5 / 3)
+    assert "monopole_ratio/truth/k1-3" not in values
 
 
 def test_the_same_simulation_twice_is_refused(tmp_path):

@@ -360,6 +360,21 @@ def plot_power(
     _legend(ax)
 
 
+def plot_quadrupole(
+    ax: Axes, k: ArrayLike, quadrupoles: Mapping[str, Curve], palette: Palette, nyquist: float
+) -> None:
+    """Quadrupoles of the power in redshift space, times k; parameters as in `plot_power`."""
+    k = np.asarray(k, float)
+    ax.axhline(0, color=MUTED, linewidth=0.7)
+    scaled = {
+        label: Curve(k * c.value, k * c.error, [k * np.asarray(box, float) for box in c.boxes])
+        for label, c in quadrupoles.items()
+    }
+    _curves(ax, k, scaled, palette, nyquist)
+    ax.set(ylabel=r"$k\,P_2(k)\ \ [h^{-2}\,\mathrm{Mpc}^{2}]$")
+    _legend(ax)
+
+
 def plot_correlation(
     ax: Axes, k: ArrayLike, correlations: Mapping[str, Curve], palette: Palette, nyquist: float
 ) -> None:

@@ -388,6 +388,18 @@ def _spectra(
             where = f"({domain})" if domain and named.count(suite) > 1 else ""
             title = " ".join(filter(None, [suite, where, f"z = {redshift:.2g}"]))
             name = f"{step.name}-{number}" if len(groups) > 1 else step.name
+            if all(TRUTH in box.get("multipoles", {}) for box in boxes.values()):
+                blocks.append(
+                    artist.block(
+                        f"multipoles-{name}",
+                        f"{title}, in redshift space",
+                        f"Monopole and quadrupole of the galaxies' power in redshift space, of {names}, z = "
+                        f"{redshift:.2g}: means over lines of sight along the three axes. The monopole "
+                        "includes shot noise." + (" Thin lines: single boxes." if len(boxes) > 1 else ""),
+                        _multipole_panels(list(boxes.values())),
+                        [step],
+                    )
+                )
             shared = chunks(label for box in boxes.values() for label in box["cross"] if label != MATTER)
             for part, chosen in enumerate(shared, start=1):
                 suffix, note = part_of(part, shared)
@@ -454,6 +466,23 @@ def _spectra_panels(boxes: list[dict[str, Any]]) -> list[Panel]:
             )
         )
     return panels
+
+
+def _multipole_panels(boxes: list[dict[str, Any]]) -> list[Panel]:
+    from galdist.report import plots
+
+    k, nyquist = boxes[0]["k"], boxes[0]["nyquist"]
+    monopoles, quadrupoles = (_curves(boxes, "multipoles", pole) for pole in ("monopole", "quadrupole"))
+    return [
+        Panel(
+            lambda ax, palette: plots.plot_power(ax, k, monopoles, palette, nyquist),
+            f"Monopoles against wavenumber. {_ends(k, monopoles, '(Mpc/h)^3')}",
+        ),
+        Panel(
+            lambda ax, palette: plots.plot_quadrupole(ax, k, quadrupoles, palette, nyquist),
+            f"Quadrupoles against wavenumber. {_ends(k, quadrupoles, '(Mpc/h)^3')}",
+        ),
+    ]
 
 
 def _is_count(label: str) -> bool:

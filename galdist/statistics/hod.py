@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field as Constraint
-from scipy.special import lambertw
+from scipy.special import lambertw, spence
 from scipy.stats import qmc
 
 from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
 from galdist.catalogs.environment import overdensity
 from galdist.config import StrictModel
-from galdist.constants import CRITICAL_DENSITY
+from galdist.constants import CRITICAL_DENSITY, GRAVITY
 from galdist.grids.mass_assignment import Scheme, assign
 from galdist.grids.store import Chunking, SimulationGrids, Split, create_store, open_store
 from galdist.statistics.metrics import metric_row, save_metrics
@@ -69,6 +69,21 @@ def nfw_radius(u: ArrayLike, c: ArrayLike) -> Array:
     return np.clip(np.nan_to_num(q), 0, 1)  # the Lambert function is not a number at its branch point, u = 0
 
 
+def nfw_dispersion(q: ArrayLike, c: ArrayLike) -> Array:
+    """One-dimensional velocity dispersion of an NFW halo of isotropic orbits, by Jeans' equation.
+
+    At radius ``q`` in units of the halo's, and in units of its circular velocity there (Lokas & Mamon 2001,
+    MNRAS 321, 155, eq. 14).
+    """
+    c = np.asarray(c, float)
+    x = np.maximum(np.asarray(q, float) * c, 1e-6)  # it goes to zero at the center, slower than numbers do
+    log = np.log1p(x)
+    bracket = np.pi**2 - np.log(x) - 1 / x - 1 / (1 + x) ** 2 - 6 / (1 + x)
+    bracket += (1 + 1 / x**2 - 4 / x - 2 / (1 + x)) * log + 3 * log**2 + 6 * spence(1 + x)
+    dispersion: Array = np.sqrt(c * x * (1 + x) ** 2 * bracket / (2 * (np.log1p(c) - c / (1 + c))))
+    return dispersion
+
+
 @dataclass(frozen=True)
 class Halos:
     """n halos to put galaxies into."""
@@ -81,6 +96,10 @@ class Halos:
     """(n,) of the NFW profile."""
     position: Array
     """(n, 3) in [0, box_size) [Mpc/h]."""
+    velocity: Array
+    """(n, 3) mean of the halo, peculiar [km/s]."""
+    circular_velocity: Array
+    """(n,) at the halo's radius [km/s]."""
     box_size: float
     upper: Flags | None = None
     """(n,) in the upper half of the occupation's second property, where it knows one."""
@@ -97,6 +116,11 @@ class Halos:
         direction = np.stack([sine * np.cos(azimuth), sine * np.sin(azimuth), cosine], axis=1)
         return self.wrap(self.position[halo] + radius[:, None] * direction)
 
+    def dispersion(self, halo: NDArray[np.intp], u: Array) -> Array:
+        """One-dimensional velocity dispersion (n,) [km/s] where `place` puts points."""
+        c = self.concentration[halo]
+        return self.circular_velocity[halo] * nfw_dispersion(nfw_radius(u[:, 0], c), c)
+
     def wrap(self, position: Array) -> Array:
         """Positions in [0, box_size)."""
         position = position % self.box_size
@@ -106,11 +130,13 @@ class Halos:
 def paint(occupation: Occupation, halos: Halos, rng: np.random.Generator) -> dict[str, NDArray[Any]]:
     """Galaxies of one realization.
 
-    A central galaxy is at the center of its halo; satellites follow the halo's NFW profile.
+    A central galaxy is at the center of its halo, with the halo's velocity; satellites follow the halo's NFW
+    profile, with velocities around the halo's that are Gaussian and isotropic, of the dispersion there.
 
     Returns
     -------
-    ``position`` (n, 3) [Mpc/h] in [0, box_size), ``halo`` (n,) row of the halo, ``is_central`` (n,); by halo.
+    ``position`` (n, 3) [Mpc/h] in [0, box_size), ``velocity`` (n, 3) [km/s], ``halo`` (n,) row of the halo,
+    ``is_central`` (n,); by halo.
     """
     has_central, satellites = occupation.draw(halos.mass, halos.upper, rng)
     halo = np.repeat(np.arange(satellites.size), satellites + has_central)
@@ -118,8 +144,11 @@ def paint(occupation: Occupation, halos: Halos, rng: np.random.Generator) -> dic
     is_central[1:] = halo[1:] != halo[:-1]
     is_central &= has_central[halo]
     position = halos.wrap(halos.position[halo])
-    position[~is_central] = halos.place(halo[~is_central], rng.random((np.count_nonzero(~is_central), 3)))
-    return {"position": position, "halo": halo, "is_central": is_central}
+    velocity = halos.velocity[halo]
+    orbiting, u = halo[~is_central], rng.random((np.count_nonzero(~is_central), 3))
+    position[~is_central] = halos.place(orbiting, u)
+    velocity[~is_central] += halos.dispersion(orbiting, u)[:, None] * rng.standard_normal(u.shape)
+    return {"position": position, "velocity": velocity, "halo": halo, "is_central": is_central}
 
 
 def expected_points(occupation: Occupation, halos: Halos) -> Iterator[tuple[Array, Array]]:
@@ -367,7 +396,7 @@ def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> 
     ValueError
         where there are none.
     """
-    columns = ["position", config.mass, *_secondary_columns(config)]
+    columns = ["position", "velocity", config.mass, *_secondary_columns(config)]
     columns += ["radius_200c"] * (config.mass == "mass_200c")
     table = catalog.table(grids.attrs.name, config.halos, columns)
     mass = table[config.mass].astype(float)
@@ -393,6 +422,10 @@ def _halos(config: HodConfig, catalog: CatalogStore, grids: SimulationGrids) -> 
         # Halos without a mass hold nothing: any concentration will do.
         concentration=concentration(np.where(mass > 0, mass, 1e12), grids.attrs.redshift, definition),
         position=table["position"].astype(float),
+        velocity=table["velocity"].astype(float),
+        circular_velocity=np.sqrt(
+            GRAVITY * mass * (1 + grids.attrs.redshift) / np.where(radius > 0, radius, 1.0)
+        ),
         box_size=grids.attrs.box_size,
         upper=_upper(config, table, grids.attrs.box_size) if _secondary_columns(config) else None,
     )

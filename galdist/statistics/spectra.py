@@ -26,6 +26,7 @@ half of them are independent): P sqrt(2/N) (Feldman, Kaiser & Peacock 1994) for 
 T sqrt((1 - r^2) / N) for T.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -40,6 +41,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field as Constraint
 from pydantic import field_validator
 
+from galdist.catalogs.catalog import CatalogStore, open_catalog
 from galdist.config import StrictModel
 from galdist.grids.store import Assignment, GridStore, SimulationGrids, Split, open_store, unknown_name
 from galdist.statistics import require_nbodykit
@@ -96,10 +98,15 @@ class Sample:
     """The step that made its grids."""
     grids: SimulationGrids
     fields: dict[str, tuple[SimulationGrids, str]]
+    galaxies: dict[str, CatalogStore] = dataclasses.field(default_factory=dict)
+    """Where each label's galaxies are, of those that have positions and velocities."""
 
 
 def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
     """Measure the spectra of truth, matter and predictions; every rank calls it.
+
+    Where ``inputs["catalogs"]`` has the true galaxies, also the multipoles in redshift space of theirs and of
+    those of predictions that have galaxies (`hod`).
 
     Writes ``spectra.json`` (see `load_spectra`), one nbodykit file a spectrum
     (``spectra/<simulation>/<label>.json`` and, with the truth, ``spectra/<simulation>/cross/<label>.json``;
@@ -119,6 +126,8 @@ def spectra(config: SpectraConfig, inputs: Mapping[str, list[Path]], out: Path) 
     samples = match(inputs, config.field, config.split, config.matter)
     for sample in samples:
         _check_bands(config, sample.name, sample.grids)
+    if inputs.get("catalogs"):
+        _find_galaxies(inputs, samples)
     parameters = _parameters(config, samples)
     simulations = measure_each(samples, out, lambda sample: _measure(sample, out / "spectra" / sample.name))
     if comm.rank == 0:
@@ -167,7 +176,8 @@ def load_spectra(step: str | Path) -> dict[str, Any]:
     (lower edge) [h/Mpc] and ``modes``; ``fields``: label -> ``power`` and ``power_error`` [(Mpc/h)^3],
     ``shot_noise`` (V/N), ``shot_noise_power`` (what it adds to each bin of ``power``), ``n`` (sum of the
     field); ``cross``: label -> ``power`` with the truth, ``r``, ``r_error``, ``r_subtracted``,
-    ``transfer``, ``transfer_error``, ``transfer_subtracted``. Undefined values are NaN.
+    ``transfer``, ``transfer_error``, ``transfer_subtracted``. Undefined values are NaN. Where there were
+    catalogs, ``multipoles``: label -> ``monopole``, ``quadrupole`` and ``shot_noise`` (`multipoles`).
 
     Where a `response` was asked for, ``response``: ``parameters`` and ``quantities``: ``n`` and
     ``power/k<low>-<high>`` -> what `galdist.statistics.response.responses` gives.
@@ -636,6 +646,37 @@ def match(
     return samples
 
 
+def _find_galaxies(inputs: Mapping[str, list[Path]], samples: Sequence[Sample]) -> None:
+    """Give every sample the true galaxies, and those that predictions have."""
+    catalogs = {step: open_catalog(step / "catalog.zarr") for step in inputs["catalogs"]}
+    painted = {
+        step.name: open_catalog(step / "galaxies.zarr")
+        for step in inputs.get("predictions", [])
+        if (step / "galaxies.zarr").exists()
+    }
+    for sample in samples:
+        attrs = sample.grids.attrs
+        found = [
+            store
+            for store in catalogs.values()
+            if sample.name in store.names() and store.attrs(sample.name).redshift == attrs.redshift
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"{sample.name} at redshift {attrs.redshift:.3g} is in {len(found)} of the catalogs "
+                f"({', '.join(map(str, catalogs))}): give one that has its galaxies"
+            )
+        if "Omega_m" not in attrs.cosmology:
+            raise ValueError(
+                f"{sample.name}: Omega_m is not known, so neither is what velocities do in redshift space: "
+                "leave `catalogs` out"
+            )
+        sample.galaxies[TRUTH] = found[0]
+        for label, store in painted.items():
+            if label in sample.fields and "velocity" in store.columns(sample.name, "galaxies"):
+                sample.galaxies[label] = store
+
+
 def _check_bands(config: SpectraConfig, name: str, grids: SimulationGrids) -> None:
     fundamental = 2 * np.pi / grids.attrs.box_size
     centers = fundamental * np.arange(1, grids.n_mesh // 2)
@@ -689,7 +730,7 @@ def _measure(sample: Sample, folder: Path) -> dict[str, Any]:
         with_truth = power(mesh, truth)
         _save(with_truth, folder / "cross" / f"{label}.json")
         cross[label] = _compare(fields[TRUTH], fields[label], with_truth.power["power"].real, bins["modes"])
-    result = {
+    result: dict[str, Any] = {
         "box_size": box_size,
         "n_mesh": n_mesh,
         "redshift": grids.attrs.redshift,
@@ -699,8 +740,32 @@ def _measure(sample: Sample, folder: Path) -> dict[str, Any]:
         "fields": fields,
         "cross": cross,
     }
+    if sample.galaxies:
+        result["multipoles"] = _multipoles(sample)
     measured: dict[str, Any] = plain(result)
     return measured
+
+
+def _multipoles(sample: Sample) -> dict[str, Any]:
+    """Of each label's galaxies; none of labels without galaxies."""
+    comm, attrs = mpi.world(), sample.grids.attrs
+    found = {}
+    for label, store in sample.galaxies.items():
+        table = store.table(sample.name, "galaxies", ["position", "velocity"])
+        if not len(table["position"]):
+            log.warning("%s of %s has no galaxies: no multipoles", label, sample.name)
+            continue
+        mine = slice(comm.rank, None, comm.size)
+        poles = multipoles(
+            table["position"][mine],
+            table["velocity"][mine],
+            attrs.box_size,
+            sample.grids.n_mesh,
+            attrs.redshift,
+            attrs.cosmology["Omega_m"],
+        )
+        found[label] = {key: poles[key] for key in ("monopole", "quadrupole", "shot_noise")}
+    return found
 
 
 def _compare(
@@ -839,4 +904,19 @@ def _summary(config: SpectraConfig, result: Mapping[str, Any]) -> dict[str, tupl
         average(f"transfer/{label}", transfer, error, config.band)
         for band in config.power_bands:
             average(f"power_ratio/{label}", transfer**2, 2 * transfer * error, band)
+    poles = result.get("multipoles", {})
+    for low, high in config.power_bands if TRUTH in poles else ():
+        inside = (result["k"] >= low) & (result["k"] < high)
+        means = {
+            label: (
+                float((p["monopole"][inside] - p["shot_noise"]).mean()),
+                float(p["quadrupole"][inside].mean()),
+            )
+            for label, p in poles.items()
+        }
+        for label, (monopole, quadrupole) in means.items():
+            if monopole > 0:
+                summary[f"quadrupole/{label}/k{low:g}-{high:g}"] = quadrupole / monopole, None
+            if label != TRUTH and means[TRUTH][0] > 0:
+                summary[f"monopole_ratio/{label}/k{low:g}-{high:g}"] = monopole / means[TRUTH][0], None
     return summary

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from galdist.catalogs.catalog import CatalogWriter
 from galdist.grids.store import Field, SimulationAttrs, create_store
 from galdist.statistics.metrics import load_metrics
-from galdist.statistics.spectra import SpectraConfig, load_spectra, spectra
+from galdist.statistics.spectra import SpectraConfig, load_spectra, multipoles, spectra
+from hpc import mpi
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import peers
@@ -430,3 +432,57 @@ def test_an_empty_prediction_is_left_out_and_an_empty_truth_is_an_error(mpirun, 
     (tmp_path / "b" / "predictions").mkdir()
     with pytest.raises(pytest.fail.Exception, match="box: its field 'galaxy_counts' is empty"):
         mpirun(2, run_stage, tmp_path / "b", tmp_path / "out-b", {"matter": None})
+
+
+def write_galaxies(step, store_name, rng, redshift=0.5, n=800, speed=300.0, velocities=True):
+    """Galaxies of one box in a catalog store."""
+    attrs = SimulationAttrs(
+        name="box", box_size=BOX, redshift=redshift, suite="mock", split="test", cosmology={"Omega_m": 0.3}
+    )
+    writer = CatalogWriter(step / store_name)
+    table = {"position": rng.uniform(0, BOX, (n, 3)), "velocity": rng.normal(0, speed, (n, 3))}
+    writer.add(attrs, {"galaxies": table if velocities else {"position": table["position"]}})
+    writer.finish(["box"])
+    return attrs, table
+
+
+def measure_in_redshift_space(folder, out):
+    inputs = {
+        "grids": [folder / "grids"],
+        "predictions": sorted((folder / "predictions").iterdir()),
+        "catalogs": [folder / "today", folder / "early"],
+    }
+    spectra(SpectraConfig(matter=None, power_bands=[(0.3, 3)]), inputs, out)
+    return load_spectra(out)["simulations"]["box"]["multipoles"]
+
+
+def poles_of(position, velocity):
+    comm = mpi.world()
+    mine = slice(comm.rank, None, comm.size)
+    return multipoles(position[mine], velocity[mine], BOX, N_MESH, 0.5, 0.3)
+
+
+def test_galaxies_of_truth_and_halo_occupation_are_measured_in_redshift_space(mpirun, tmp_path):
+    """Those of the grids' redshift, where positions and velocities are known."""
+    rng = np.random.default_rng(2)
+    counts = Field(name="galaxy_counts", assignment="ngp", dtype="float64")
+    attrs, true = write_galaxies(tmp_path / "early", "catalog.zarr", rng)
+    write_galaxies(tmp_path / "today", "catalog.zarr", rng, redshift=0.0)
+    painted = {}
+    for name in ("hod", "network", "older"):
+        store = create_store(tmp_path / "predictions" / name / "prediction.zarr", [attrs], [counts], N_MESH)
+        store["box"].write("galaxy_counts", rng.poisson(0.1, (N_MESH,) * 3).astype(float))
+        if name != "network":
+            step = tmp_path / "predictions" / name
+            painted[name] = write_galaxies(step, "galaxies.zarr", rng, velocities=name == "hod")[1]
+    grids = create_store(tmp_path / "grids" / "grids.zarr", [attrs], [counts], N_MESH)
+    grids["box"].write("galaxy_counts", rng.poisson(0.1, (N_MESH,) * 3).astype(float))
+    found, _ = mpirun(2, measure_in_redshift_space, tmp_path, tmp_path / "out")
+    assert found.keys() == {"truth", "hod"}
+    for label, table in (("truth", true), ("hod", painted["hod"])):
+        (expected,) = mpirun(1, poles_of, table["position"], table["velocity"])
+        for key in ("monopole", "quadrupole", "shot_noise"):
+            scale = np.abs(expected["monopole"]).max()
+            np.testing.assert_allclose(found[label][key], expected[key], atol=1e-10 * scale)
+    metrics = {row["metric"] for row in load_metrics(tmp_path / "out")}
+    assert "n/hod" in metrics
