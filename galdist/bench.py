@@ -157,7 +157,7 @@ def _resources(asked: Resources, ranks: int) -> Resources:
     update: dict[str, Any] = {"ranks": ranks, "min_nodes": None}
     if asked.nodes is not None or asked.gpus:
         a_node = asked.layout("ddp", STAGES["train"].ranks).ranks_per_node
-        update["nodes"] = max(1, ranks // a_node)
+        update["nodes"] = -(-ranks // a_node)
         update["gpus"] = asked.gpus and min(asked.gpus, ranks)
     return asked.model_copy(update=update)
 

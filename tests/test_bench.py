@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from galdist import bench, config
 from galdist.cli import app
 from galdist.grids.store import open_store
+from hpc.resources import Resources
 from hpc.site import Site
 from hpc.strict import SettingsError
 
@@ -179,3 +180,27 @@ def test_the_rate_of_products_is_that_of_a_product() -> None:
     began = time.perf_counter()
     rate = bench.matmul_rate(torch.float32, 256, 3)
     assert 3 * 2 * 256**3 / rate <= time.perf_counter() - began
+
+
+def test_tables_are_not_made_up(tmp_path: Path) -> None:
+    run = config.load("mock-halos")
+    step = next(step for step in run.steps.values() if step.stage == "train")
+    (table,) = step.inputs["catalogs"]
+    with pytest.raises(SettingsError, match=f"learns from tables, and {table} is not done.*--only {table}"):
+        list(bench.measure(run, step.name, tmp_path / "out", Site(), (1,), 0.2, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_ranks_take_the_nodes_and_gpus_that_they_need() -> None:
+    asked = Resources(nodes=2, gpus=4, cpus=8)
+    found = {ranks: bench._resources(asked, ranks) for ranks in (1, 2, 4, 6, 8, 16)}
+    assert {n: (r.nodes, r.gpus, r.ranks) for n, r in found.items()} == {
+        1: (1, 1, 1),
+        2: (1, 2, 2),
+        4: (1, 4, 4),
+        6: (2, 4, 6),
+        8: (2, 4, 8),
+        16: (4, 4, 16),
+    }
+    assert all(r.cpus == 8 for r in found.values())
+    assert bench._resources(Resources(), 4) == Resources(ranks=4)
