@@ -56,12 +56,13 @@ class Exact(VariationalDiffusion):
 
     posterior_mean: Callable[[Tensor, Tensor], Tensor]
 
-    def _denoise(self, z: Tensor, gamma: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _look(self, z: Tensor, gamma: Tensor, *_: Any, **__: Any) -> Tensor:
         return self.posterior_mean(z, gamma)
 
 
 def bound_and_error(model: VariationalDiffusion, data: dict[str, Any]) -> tuple[float, float]:
     """Of the samples of ``data`` [bits/dim], and its Monte-Carlo error."""
+    model.eval()
     with torch.no_grad():
         t = _evenly(data["seed"])
         terms = model._terms(data, data["seed"], t)
@@ -150,6 +151,18 @@ def test_counts_of_voxels_that_know_nothing_of_each_other_need_no_training(
     assert entropy - 3 * error < value < entropy + 3 * error
     assert error < 0.01
     assert plain > value + 0.1
+
+
+def test_the_surprise_is_least_at_the_posterior_mean() -> None:
+    """Its slope is what the mean is off by, over the variance of the noise: for counts and for densities."""
+    data = batch(8)
+    targets = [COUNTS | {"most": 5}, {"field": "momentum", "components": 3, "normalization": ["standardize"]}]
+    model = prepared(data, targets=targets)
+    x, _ = model._normalized(data, torch.zeros(2, 4, 8, 8, 8))
+    look, gamma = torch.randn(x.shape).requires_grad_(), torch.tensor([-1.0, 3.0])
+    (slope,) = torch.autograd.grad(model._surprise(look, gamma, x).sum(), look)
+    variance = torch.sigmoid(gamma).view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(slope, (model._mean(look, gamma) - x) / variance, rtol=1e-4, atol=1e-4)
 
 
 def test_draws_of_an_untrained_model_have_the_shares_of_counts() -> None:

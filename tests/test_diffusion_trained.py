@@ -5,6 +5,7 @@ scatters out; the exact ones' own variance, a function of the steps, is counted 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,21 +41,28 @@ def trained(
             }
         )
     )
+
+    def batch() -> dict[str, Any]:
+        x, y = (boxed(field) for field in fields.draw(b, generator))
+        if crop is not None:
+            x, y = (field[..., :crop, :crop].expand(-1, -1, 2 * MARGIN + 1, -1, -1) for field in (x, y))
+        halo = 0 if crop is None else MARGIN
+        return {"field": x, "seen": y, "halo": halo, "periodic": crop is None}
+
+    return learned(model, batch, steps)
+
+
+def learned(
+    model: VariationalDiffusion, batch: Callable[[], dict[str, Any]], steps: int
+) -> VariationalDiffusion:
+    """The average of the weights over a training on batches of fields."""
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     for step in range(steps):
-        x, y = (boxed(field) for field in fields.draw(b, generator))
-        if crop is not None:
-            x, y = (field[..., :crop, :crop].expand(-1, -1, 2 * MARGIN + 1, -1, -1) for field in (x, y))
-        batch = {
-            "field": x,
-            "seen": y,
-            "seed": torch.arange(b) + step * b,
-            "halo": 0 if crop is None else MARGIN,
-            "periodic": crop is None,
-        }
-        model(batch)["loss"].backward()
+        data = batch()
+        b = len(data["seen"])
+        model(data | {"seed": torch.arange(b) + step * b})["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -100,13 +108,13 @@ def exact_variance(sampler: Sampler) -> float:
     return x.var().item()
 
 
-@pytest.fixture(scope="module", params=[(32, 2, 1500), (8, 3, 1650)], ids=["32-squared", "8-cubed"])
+@pytest.fixture(scope="module", params=[(32, 2, 3000), (8, 3, 3300)], ids=["32-squared", "8-cubed"])
 def network(request: pytest.FixtureRequest) -> tuple[VariationalDiffusion, GaussianFields]:
     """Trained on boxes: a minute and a half of one core."""
     n_mesh, spatial, steps = request.param
     torch.manual_seed(0)
     fields, generator = GaussianFields(n_mesh, spatial), torch.Generator().manual_seed(0)
-    return trained(fields, steps, 16, generator), fields
+    return trained(fields, steps, 8, generator), fields
 
 
 @pytest.mark.slow
@@ -122,18 +130,17 @@ def test_its_bound_is_the_entropy(network: tuple[VariationalDiffusion, GaussianF
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sampler", "within"),
+    "sampler",
     [
-        (Sampler(kind="ancestral", steps=500), 0.15),
-        (Sampler(kind="ddim", steps=250), 0.08),
-        (Sampler(kind="dpm-solver++", steps=30), 0.05),
+        Sampler(kind="ancestral", steps=1000),
+        Sampler(kind="ddim", steps=250),
+        Sampler(kind="dpm-solver++", steps=30),
     ],
     ids=["ancestral", "ddim", "dpm-solver++"],
 )
 def test_it_draws_from_wieners_posterior(
-    network: tuple[VariationalDiffusion, GaussianFields], sampler: Sampler, within: float
+    network: tuple[VariationalDiffusion, GaussianFields], sampler: Sampler
 ) -> None:
-    """The variance as nearly as docs/diffusion.md has it: errors of the network add up along some ways."""
     model, fields = network
     m, n = 8, 4
     _, y = fields.draw(m, torch.Generator().manual_seed(1))
@@ -144,7 +151,7 @@ def test_it_draws_from_wieners_posterior(
     mean, spread = 1 + transfer - transfer_exact, variance / exact * exact_variance(sampler)
     print(sampler, mean.round(3), spread.round(3))
     np.testing.assert_allclose(mean, 1, atol=0.05)
-    np.testing.assert_allclose(spread, 1, atol=within)
+    np.testing.assert_allclose(spread, 1, atol=0.05)
 
 
 def binned(fields: GaussianFields, values: Tensor) -> NDArray[np.float64]:
@@ -173,3 +180,40 @@ def test_a_box_four_times_as_large_a_side_has_its_power() -> None:
     np.testing.assert_allclose(ratio[:16], 1, atol=0.03)
     np.testing.assert_allclose(scatter[:16], 1, atol=0.1)
     np.testing.assert_allclose(power / truth, 1, atol=0.25)
+
+
+@pytest.mark.slow
+def test_its_bound_of_counts_is_their_entropy() -> None:
+    """Poisson's, given the Gaussian field whose smoothed exponential is their mean: a minute of a core."""
+    torch.manual_seed(0)
+    fields, generator = GaussianFields(16, 2), torch.Generator().manual_seed(0)
+    model = VariationalDiffusion(
+        DiffusionConfig.model_validate(
+            {
+                "inputs": [{"field": "seen", "normalization": []}],
+                "targets": [{"field": "counts", "quantum": 1, "most": 12, "normalization": ["standardize"]}],
+                "channels": [16, 16],
+                "attention": 0,
+                "spatial": 2,
+                "schedule": {"kind": "linear", "learned": False, "gamma": (-4.0, 10.0)},
+            }
+        )
+    )
+
+    def batch(b: int = 16) -> dict[str, Any]:
+        seen, _ = fields.draw(b, generator)
+        mean = 0.2 * torch.exp(fields.filter(seen, fields.window).float())
+        counts = torch.poisson(mean, generator=generator).clamp(max=12)
+        return {"counts": boxed(counts), "seen": boxed(seen), "mean": mean, "halo": 0, "periodic": True}
+
+    model.prepare(lambda name: iter(batch(100)[name].numpy()))
+    model = learned(model, batch, 700)
+    data = batch(400)
+    with torch.no_grad():
+        sums, _ = model.evaluate(data)
+    n = torch.arange(13.0)
+    log = n * data["mean"].log()[..., None] - data["mean"][..., None] - torch.lgamma(n + 1)
+    entropy = -(log.exp() * log).sum(-1).mean().item() / math.log(2)
+    terms = model.summarize(sums)
+    print(entropy, terms)
+    assert entropy - 0.01 < terms["loss"] < entropy + 0.05

@@ -149,20 +149,22 @@ class Shares(nn.Module):
             counts += np.bincount(n.ravel(), minlength=len(counts))
         self.log.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
+    def values(self, normalization: Normalization) -> Tensor:
+        """The values, normalized."""
+        return normalization(self.quantum * torch.arange(len(self.log), device=self.log.device))
+
     def forward(self, x: Tensor, gamma: Tensor, normalization: Normalization) -> Tensor:
-        """The posterior mean of a voxel that has these values, where for one of a standard Gaussian it is
-        ``x``: both have seen the same.
+        """ln of the probability of each value, the last axis, in voxels where it would be a Gaussian about
+        ``x`` had their values been standard Gaussians before all was seen.
 
         ``gamma`` is broadcast to ``x``. What is seen of a value y is in either case the exponential of
         (y x - alpha^2 y^2 / 2) / sigma^2, but for a factor.
         """
-        values = normalization(self.quantum * torch.arange(len(self.log), device=x.device))
         alpha, sigma = signal_and_noise(gamma)
         seen, precision = x / sigma.square(), 0.5 * (alpha / sigma).square()
+        values = self.values(normalization)
         scores = [log + y * seen - precision * y.square() for log, y in zip(self.log, values, strict=True)]
-        shares = torch.stack(scores, -1).softmax(-1)
-        mean: Tensor = shares @ values
-        return mean
+        return torch.stack(scores, -1).log_softmax(-1)
 
 
 class DiffusionConfig(ModelConfig):
@@ -217,10 +219,14 @@ _Entry = TypeVar("_Entry", bound=InputConfig)
 class VariationalDiffusion(GridObjective):
     """Draws the target fields given the inputs, after training by the variational bound.
 
-    Losses are in bits per dimension, that is per voxel and component of the targets, for the fields in units
-    of their own; for fields with a ``quantum``, of the probability of the value. The network gives
-    v = alpha e - sigma x (Salimans & Ho 2022, arXiv:2202.00512) where Ono et al. have e: the same mean of the
-    posterior, x = alpha z - sigma v, and errors that are not amplified where there is much noise.
+    The bound is in bits per dimension, that is per voxel and component of the targets, for the fields in
+    units of their own; for fields with a ``quantum``, of the probability of the value. Training lowers it
+    together with the ``surprise`` of each voxel by itself at the same noise: the posterior mean minimizes
+    either, but the bound hardly asks for it where there is much noise, from which samples come.
+
+    The network gives v = alpha e - sigma x (Salimans & Ho 2022, arXiv:2202.00512) where Ono et al. have e:
+    the same mean of the posterior, x = alpha z - sigma v, and errors that are not amplified where there is
+    much noise.
     """
 
     Config: ClassVar[type[ModelConfig]] = DiffusionConfig
@@ -264,8 +270,7 @@ class VariationalDiffusion(GridObjective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         seeds = batch[SEED]
-        terms = self._terms(batch, seeds, _evenly(seeds))
-        means = {name: term.mean() for name, term in terms.items()}
+        means = {name: term.mean() for name, term in self._terms(batch, seeds, _evenly(seeds)).items()}
         return {"loss": torch.stack(list(means.values())).sum(), **means}
 
     def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -358,14 +363,20 @@ class VariationalDiffusion(GridObjective):
             if self.training:
                 known = (hidden >= self.config.unknown).repeat_interleave(n_planes, 0)
 
+        looks = []
+
         def denoiser(z: Tensor, gamma: Tensor) -> Tensor:
-            return self._denoise(z, gamma, condition, parameters, batch["periodic"], known)
+            look = self._look(z, gamma, condition, parameters, batch["periodic"], known)
+            looks.append((look, gamma))
+            return self._mean(look, gamma)
 
         in_steps = [
             entry.quantum is not None for entry in self.config.targets for _ in range(entry.components)
         ]
         terms = bound(x, denoiser, self.schedule, t, noise, halo, in_steps)
         terms["reconstruction"] = trim(nats, halo, self.config.spatial)
+        if self.training:
+            terms["surprise"] = trim(self._surprise(*looks[0], x), halo, self.config.spatial)
         return {name: term / math.log(2) for name, term in terms.items()}
 
     def _condition(self, batch: Batch, normalizations: Iterable[nn.Module]) -> Tensor:
@@ -433,7 +444,11 @@ class VariationalDiffusion(GridObjective):
             return x
         return x[:, :, halo : x.shape[2] - halo].movedim(2, 1).flatten(0, 1)
 
-    def _denoise(
+    def _denoise(self, z: Tensor, gamma: Tensor, *given: Any) -> Tensor:
+        """E[x | z], of what `_look` takes."""
+        return self._mean(self._look(z, gamma, *given), gamma)
+
+    def _look(
         self,
         z: Tensor,
         gamma: Tensor,
@@ -442,21 +457,50 @@ class VariationalDiffusion(GridObjective):
         periodic: bool,
         known: Tensor | None = None,
     ) -> Tensor:
-        """E[x | z], of what `Features` takes."""
+        """What all that is seen says of each voxel: E[x | z] were it a standard Gaussian before, of what
+        `Features` takes."""
         with torch.autocast(z.device.type, enabled=False):  # eight bits are too few for gamma
             features = self.features(gamma, parameters, known)
         v = self.network(torch.cat([z, condition], 1), features, periodic)
         alpha, sigma = (a.view(-1, *(1,) * (z.ndim - 1)) for a in signal_and_noise(gamma))
-        x = alpha * z - sigma * v
-        sizes = [entry.components for entry in self.config.targets]
-        level = gamma.view(-1, *(1,) * (z.ndim - 1))
+        x: Tensor = alpha * z - sigma * v
+        return x
+
+    def _mean(self, look: Tensor, gamma: Tensor) -> Tensor:
+        """E[x | z], of what `_look` gives."""
         parts = [
-            shares(part, level, normalization) if isinstance(shares, Shares) else part
-            for part, shares, normalization in zip(
-                x.split(sizes, 1), self.shares, self.of_targets, strict=True
-            )
+            part if shares is None else (shares[0].exp() * shares[1]).sum(-1)
+            for part, shares in self._told(look, gamma)
         ]
         return torch.cat(parts, 1)
+
+    def _surprise(self, look: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
+        """-ln of the probability of each voxel's x by itself given all that is seen, but for a constant
+        [nats]; of what `_look` gives."""
+        parts = []
+        variance = signal_and_noise(gamma)[1].square().view(-1, *(1,) * (x.ndim - 1))
+        sizes = [entry.components for entry in self.config.targets]
+        for y, (part, shares) in zip(x.split(sizes, 1), self._told(look, gamma), strict=True):
+            if shares is None:
+                parts.append(0.5 * (y - part).square() / variance)
+            else:
+                log, values = shares
+                which = (y[..., None] - values).abs().argmin(-1, keepdim=True)
+                parts.append(-log.gather(-1, which)[..., 0])
+        return torch.cat(parts, 1)
+
+    def _told(self, look: Tensor, gamma: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """Of each target what `_look` gives and, where its values are few, ln of their probabilities, and
+        they."""
+        sizes = [entry.components for entry in self.config.targets]
+        level = gamma.view(-1, *(1,) * (look.ndim - 1))
+        targets = zip(look.split(sizes, 1), self.shares, self.of_targets, strict=True)
+        for part, shares, normalization in targets:
+            if isinstance(shares, Shares):
+                assert isinstance(normalization, Normalization)
+                yield part, (shares(part, level, normalization), shares.values(normalization))
+            else:
+                yield part, None
 
 
 def _each(
