@@ -15,7 +15,8 @@ import pytest
 import yaml
 from run_fixture import HAS_SPECTRA, write_run
 
-from galdist.report.report import ReportConfig, report
+from galdist.report import plots
+from galdist.report.report import ReportConfig, _multipole_panels, report
 from galdist.run import RunError
 from galdist.statistics.metrics import load_metrics, metric_row, save_metrics
 from hpc import durable
@@ -147,6 +148,23 @@ def test_resources_asked_for_and_used(tmp_path: Path) -> None:
     assert "Attempts that did not end well (1)" in page
     assert re.search(r"<td>2026-03-01 11:00:00 UTC</td><td>4700</td><td>rank 1: was killed</td>", page)
     assert "<dt>Seed of the run</dt><dd>11</dd>" in page
+
+
+def test_multipoles_in_redshift_space_have_a_panel_each() -> None:
+    k = np.linspace(0.3, 3, 10)
+    poles = {
+        label: {"monopole": amplitude / k, "quadrupole": 0.2 * amplitude / k, "shot_noise": 1.0}
+        for label, amplitude in (("truth", 100.0), ("hod", 80.0))
+    }
+    panels = _multipole_panels([{"k": k, "nyquist": 4.0, "multipoles": poles}] * 2)
+    drawn = []
+    for panel in panels:
+        _, (ax,) = plots.figure()
+        panel.draw(ax, plots.Palette(["hod"], ["hod"]))
+        drawn.append(ax)
+    assert ["P_0" in ax.get_ylabel() for ax in drawn] == [True, False]
+    assert ["P_2" in ax.get_ylabel() for ax in drawn] == [False, True]
+    assert "Monopoles" in panels[0].alt
 
 
 def test_a_run_without_results_has_a_page(tmp_path: Path) -> None:

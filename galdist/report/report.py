@@ -473,9 +473,14 @@ def _multipole_panels(boxes: list[dict[str, Any]]) -> list[Panel]:
 
     k, nyquist = boxes[0]["k"], boxes[0]["nyquist"]
     monopoles, quadrupoles = (_curves(boxes, "multipoles", pole) for pole in ("monopole", "quadrupole"))
+
+    def draw_monopole(ax: "Axes", palette: "Palette") -> None:
+        plots.plot_power(ax, k, monopoles, palette, nyquist)
+        ax.set_ylabel(ax.get_ylabel().replace("P(k)", "P_0(k)"))
+
     return [
         Panel(
-            lambda ax, palette: plots.plot_power(ax, k, monopoles, palette, nyquist),
+            draw_monopole,
             f"Monopoles against wavenumber. {_ends(k, monopoles, '(Mpc/h)^3')}",
         ),
         Panel(
