@@ -104,6 +104,6 @@ def test_the_study_runs_on_mock_universes(tmp_path: Path) -> None:
     )
     metrics = {(row["metric"], row["sample"]) for row in run.steps["corrected"].metrics}
     assert ("displacement_error", "MockA_CV_3") in metrics
-    labels = run.spectra()["boxes"][0]["fields"]
+    labels = run.spectra()["simulations"]["MockA_CV_3"]["fields"]
     assert {"truth", "matter", *(step.replace("_", "-") for step in predictions)} <= set(labels)
     assert (Path(run.steps["report"].path) / "report.html").is_file()
