@@ -270,6 +270,15 @@ def test_grids_unlike_those_of_training_are_refused(steps: dict[str, Path], tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_learns_from_fields_of_one_scheme(steps: dict[str, Path], tmp_path: Path) -> None:
+    attrs = SimulationAttrs(name="other", box_size=25.0, redshift=0.0, suite="dark", split="train")
+    fields = [MATTER, Field(name="galaxy_counts", assignment="cic")]
+    create_store(tmp_path / "smooth" / "grids.zarr", [attrs], fields, N_MESH)
+    config = TrainConfig(**CLASSIFIER)
+    with pytest.raises(ValueError, match=r"other: galaxy_counts has .*'cic'.* in box_0 it has .*'ngp'"):
+        train(config, {"grids": [steps["grids"], tmp_path / "smooth"]}, tmp_path / "out")
+
+
 def test_another_redshift_is_told_of(
     steps: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
