@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import cut_down
 from universe import make_truth, write_camels, write_snapshot
 
 from galdist.data.transforms import N_SYMMETRIES, cube_symmetry
@@ -203,3 +204,65 @@ def test_displaced_particles_are_the_matter_of_the_run_they_are_of(tmp_path: Pat
     velocities = config.model_copy(update={"fields": (type(config.fields[0])(name="matter_velocity"),)})
     with pytest.raises(SimulationError, match="have no velocity"):
         ingest(velocities, {"matter": [tmp_path / "step"]}, tmp_path / "out")
+
+
+MOCK = """
+name: mock
+seed: 1
+steps:
+  - name: nbody
+    stage: simulate
+    config: &universe {simulations: 10, seed: 4, box_size: 50.0, n_particles: 32, steps: 60}
+  - {name: cola, stage: simulate, config: {<<: *universe, steps: 5}}
+  - name: lattice
+    stage: ingest
+    inputs: {simulations: [nbody], matter: [cola]}
+    config: &grids
+      n_mesh: 32
+      fields: [{name: displacement}, {name: true_displacement}]
+      split: {validation: [7], test: [8, 9]}
+  - name: correction
+    stage: train
+    inputs: {grids: [lattice]}
+    config:
+      model: {name: necola, channels: [8, 16]}
+      data: {crop: 32, crops_per_box: 8, workers: 0, tile: 32}
+      epochs: 10
+      batch_size: 2
+      optimizer: {learning_rate: 5.0e-3}
+      schedule: {kind: cosine, warmup_steps: 20}
+  - name: corrected
+    stage: predict
+    inputs: {grids: [lattice], model: [correction]}
+    config: {tile: 32, split: all}
+  - name: of-nbody
+    stage: ingest
+    inputs: {simulations: [nbody]}
+    config: &matter {<<: *grids, n_mesh: 64, fields: [{name: matter_counts}]}
+  - {name: of-cola, stage: ingest, inputs: {simulations: [nbody], matter: [cola]}, config: *matter}
+  - {name: of-corrected, stage: ingest, inputs: {simulations: [nbody], matter: [corrected]}, config: *matter}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_corrected_cola_is_nearer_to_nbody_in_power_and_correlation(tmp_path: Path) -> None:
+    """In the boxes that took no part in the training: what docs/inputs.md has figures of."""
+    (tmp_path / "mock.yaml").write_text(MOCK)
+    run = cut_down(str(tmp_path / "mock.yaml"), tmp_path / "run")
+    modes = {}
+    for name in ("nbody", "cola", "corrected"):
+        store = open_store(run.steps[f"of-{name}"].path / "grids.zarr")
+        counts = [store[box].read("matter_counts").astype("f8") for box in store.names("test")]
+        assert [box.sum() for box in counts] == pytest.approx([32**3, 32**3], rel=1e-6)
+        modes[name] = np.stack([np.fft.fftn(box / box.mean() - 1) for box in counts])
+    waves = np.fft.fftfreq(64, 50 / 64) * 2 * np.pi
+    k = np.sqrt(sum(np.meshgrid(*[waves**2] * 3, indexing="ij")))
+    for low, high in ((0.6, 1.0), (1.0, 1.5), (1.5, 2.0)):
+        shell = {name: field[:, (k >= low) & (k < high)] for name, field in modes.items()}
+        power = {name: (np.abs(field) ** 2).sum() for name, field in shell.items()}
+        off = {name: abs(power[name] / power["nbody"] - 1) for name in power}
+        cross = {name: (field * shell["nbody"].conj()).real.sum() for name, field in shell.items()}
+        apart = {name: 1 - cross[name] / np.sqrt(power[name] * power["nbody"]) for name in power}
+        assert off["corrected"] < 0.9 * off["cola"], (low, off)
+        assert apart["corrected"] < 0.95 * apart["cola"], (low, apart)
