@@ -132,7 +132,7 @@ def test_its_bound_is_the_entropy(network: tuple[VariationalDiffusion, GaussianF
 @pytest.mark.parametrize(
     "sampler",
     [
-        Sampler(kind="ancestral", steps=1000),
+        Sampler(kind="ancestral", steps=500),
         Sampler(kind="ddim", steps=250),
         Sampler(kind="dpm-solver++", steps=30),
     ],
