@@ -160,8 +160,10 @@ def test_expected_counts_are_the_mean_of_realizations():
         0.16 * np.cbrt(mass / 1e12),
         concentration(mass, 0.0, "200c"),
         rng.uniform(0, 25, (80, 3)),
-        25.0,
-        rng.random(80) < 0.5,
+        np.zeros((80, 3)),
+        np.ones(80),
+        box_size=25.0,
+        upper=rng.random(80) < 0.5,
     )
     expected, total = np.zeros((12,) * 3), 0.0
     for points, weights in expected_points(DECORATED, halos):
@@ -214,13 +216,23 @@ def universe(path, columns=("v_max",)):
         table = {
             "mass": mass,
             "position": rng.uniform(0, 25, (mass.size, 3)),
+            "velocity": np.zeros((mass.size, 3)),
             "v_max": np.cbrt(mass) * np.exp(0.1 * rng.normal(size=mass.size)),
         }
         upper = upper_half(mass, table["v_max"] / np.cbrt(mass))
-        halos = Halos(mass, np.full(mass.size, 0.2), np.full(mass.size, 8.0), table["position"], 25.0, upper)
+        halos = Halos(
+            mass,
+            np.full(mass.size, 0.2),
+            np.full(mass.size, 8.0),
+            table["position"],
+            table["velocity"],
+            np.ones(mass.size),
+            box_size=25.0,
+            upper=upper,
+        )
         galaxies = paint(DECORATED, halos, rng)
         number = np.bincount(galaxies["halo"], minlength=mass.size)
-        table = {key: table[key] for key in ("mass", "position", *columns)}
+        table = {key: table[key] for key in ("mass", "position", "velocity", *columns)}
         writer.add(simulation, {"halos": {**table, "n_galaxies": number}, "nbody_halos": table})
         grids[simulation.name].write(
             "galaxy_counts", assign(galaxies["position"], 25.0, 16, "ngp").astype("f4")
