@@ -312,8 +312,9 @@ class _Execution:
         entry = self._planned[name]
         folder = self._replaced.make_room(entry)
         record = Record.begin(folder, entry, entry.resources(self._site), self._site, self._run_seed)
-        config = yaml.safe_dump(entry.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        durable.write_text(folder / CONFIG, config)
+        if not (folder / CONFIG).exists():  # else it is what the fingerprint of a step that continues is of
+            config = yaml.safe_dump(entry.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            durable.write_text(folder / CONFIG, config)
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(f"--- {record.data['started']} {name} on {record.data['host']}\n")
         return record

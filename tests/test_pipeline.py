@@ -104,6 +104,10 @@ def test_settings_that_came_with_a_later_version(tmp_path: Path) -> None:
     before = config.load(str(tmp_path / "run.yaml"), (), earlier)
     pipeline.execute(before, tmp_path / "out", DEBUG, lambda view: None, stages=earlier)
     assert set(plans(tmp_path, study()).values()) == {""}
+    (tmp_path / "out" / "b" / "done.json").unlink()  # as if it had been stopped
+    assert plans(tmp_path, study()) == {"a": "", "b": "continues", "c": "", "d": ""}
+    pipeline.execute(load(tmp_path, study()), tmp_path / "out", DEBUG, lambda view: None, stages=STAGES)
+    assert set(plans(tmp_path, study()).values()) == {""}
     assert plans(tmp_path, study(b={"seconds": 0.01})) == {
         "a": "",
         "b": "config changed: seconds: null -> 0.01",
