@@ -5,6 +5,7 @@ Importing it costs nothing; MPI starts at the first `world()`.
 
 import contextlib
 import fcntl
+import importlib.metadata
 import os
 import re
 import sys
@@ -34,6 +35,10 @@ def world() -> Any:
         if not any(name.startswith(("PMI", "OMPI_")) for name in os.environ):
             # Alone, outside mpirun: no peer can ever call, so UCX need not listen on the network.
             os.environ.setdefault("UCX_NET_DEVICES", "lo")
+        if {"PMI_FD", "SLURM_STEP_ID"} <= os.environ.keys() and _is_installed("mpich"):
+            # Slurm reads a request of PMI-1 once, 1024 bytes of it. UCX's addresses are sent in larger ones,
+            # as the buffer around them happens to be filled; those of OFI take 20 bytes.
+            os.environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
         _remove_leftovers()
     from mpi4py import MPI
 
@@ -47,6 +52,15 @@ def world() -> Any:
             "launcher in the site file (mpirun, or mpi: pmi2, pmix)"
         )
     return comm
+
+
+def _is_installed(distribution: str) -> bool:
+    """Whether it came with galdist: a cluster's own MPI may not have the same parts."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _remove_leftovers() -> None:
