@@ -41,6 +41,16 @@ def test_likelihoods_moments_and_quantiles_are_those_of_scipy(likelihood: Likeli
         assert np.array_equal(counts.quantile(u).numpy(), expected)
 
 
+@pytest.mark.parametrize("likelihood", get_args(Likelihood))
+def test_probabilities_of_the_first_numbers(likelihood: Likelihood) -> None:
+    raw = torch.randn(
+        (5, Counts.n_parameters(likelihood), 3, 1, 2), generator=torch.Generator().manual_seed(2)
+    )
+    counts = Counts.of(3 * raw, likelihood)
+    n = torch.arange(8.0).view(1, 8, 1, 1, 1)
+    torch.testing.assert_close(counts.log_probs(7), counts.log_prob(n), rtol=1e-9, atol=1e-9)
+
+
 def test_draws_end_where_the_sum_of_probabilities_is_rounded() -> None:
     almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
     for counts, _, _ in each("zero-inflated-negative-binomial"):

@@ -1,7 +1,7 @@
 """The bound is one, and tight where the denoiser is exact; what is drawn are fields of the targets."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from small_grids import make_grids
 from torch import Tensor
 
 from galdist.grids.store import open_store
-from galdist.models import build, from_description
+from galdist.models import Objective, build, from_description
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
+from galdist.models.inception import InceptionRegressorConfig
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
+from galdist.models.voxels import VoxelRegressor
 from galdist.training.checkpoint import load_model
 from galdist.training.predict import PredictConfig, predict
 from galdist.training.train import TrainConfig, train
@@ -175,6 +177,71 @@ def test_draws_of_an_untrained_model_have_the_shares_of_counts() -> None:
     drawn = model.sample(data, torch.Generator().manual_seed(1))["galaxy_counts"]
     found = torch.bincount(drawn.int().flatten(), minlength=4) / drawn.numel()
     torch.testing.assert_close(found, shares, rtol=0.15, atol=0.0)
+
+
+def of_matter(likelihood: str, parts: Sequence[Objective] = (), **config: Any) -> VoxelRegressor:
+    """A regressor of galaxies whose distribution differs from voxel to voxel, and was never trained."""
+    torch.manual_seed(1)
+    values = {"name": "inception-regressor", "loss": likelihood} | config
+    regressor = build(InceptionRegressorConfig.model_validate(values), parts)
+    assert isinstance(regressor, VoxelRegressor)
+    data = batch(8, 4)
+    regressor.prepare(lambda name: iter(data[name].numpy()))
+    with torch.no_grad():
+        regressor.network.head.weight.mul_(15)
+    return regressor
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "zero-inflated-negative-binomial"])
+def test_on_a_regressor_it_starts_from_its_distribution(likelihood: str) -> None:
+    """Untrained, its bound is the regressor's -ln P, and what it draws the regressor draws."""
+    data = batch(8, 987)
+    regressor = of_matter(likelihood)
+    target = COUNTS | {"most": 12}
+    schedule, sampler = {"kind": "linear", "gamma": (-4.5, 10.0)}, {"steps": 30}
+    model = VariationalDiffusion(
+        DiffusionConfig.model_validate(
+            {"channels": [2], "attention": 0, "targets": [target], "schedule": schedule, "sampler": sampler}
+        ),
+        [regressor],
+    )
+    model.prepare(lambda name: iter(data[name].numpy()))
+    with torch.no_grad():
+        # Numbers as the regressor has them, not as the matter has them.
+        uniforms = torch.rand(data["galaxy_counts"].shape, dtype=torch.float64)
+        data["galaxy_counts"] = regressor.draw(data, uniforms)["galaxy_counts"].float()
+        expected = -regressor.log_chances(data, 12).gather(1, data["galaxy_counts"].long()).mean().item()
+        mean = regressor.predict(data)["galaxy_counts"]
+    value, error = bound_and_error(model, data)
+    assert value == pytest.approx(expected / math.log(2), abs=3 * error)
+    assert error < 0.02
+    some = {name: field[:256] if isinstance(field, Tensor) else field for name, field in data.items()}
+    drawn = model.sample(some, torch.Generator().manual_seed(3))["galaxy_counts"]
+    many = mean[:256] > mean[:256].median()
+    for part in (many, ~many):
+        assert drawn[part].mean().item() == pytest.approx(mean[:256][part].mean().item(), rel=0.08)
+    assert drawn[many].mean() > 1.5 * drawn[~many].mean()
+
+
+def test_on_a_regressor_boxes_are_drawn_in_crops_too(tmp_path: Path) -> None:
+    """The distribution of each voxel is the same in a crop that shows enough around it."""
+    data = batch(48, 1)
+    regressor = of_matter("negative-binomial")
+    settings = {"channels": [2], "attention": 0, "targets": [COUNTS | {"most": 5}], "overlap": 32}
+    whole, parts = (
+        VariationalDiffusion(DiffusionConfig.model_validate(settings | {"crop": crop}), [regressor])._crops(
+            48
+        )
+        for crop in (48, 40)
+    )
+    model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
+    of_all, of_parts = (model._chances_of_boxes(data, crops, None) for crops in (whole, parts))
+    torch.testing.assert_close(of_parts, of_all, rtol=1e-4, atol=1e-4)
+    again = from_description(model.description())
+    assert isinstance(again, VariationalDiffusion)
+    again.load_state_dict(model.state_dict())
+    assert not any(parameter.requires_grad for parameter in again.parts[0].parameters())
+    torch.testing.assert_close(again._chances_of_boxes(data, whole, None), of_all)
 
 
 def test_fields_of_any_units_have_the_bound_of_the_field() -> None:
@@ -397,8 +464,12 @@ def test_what_does_not_fit_is_refused() -> None:
         objective(targets=[{"field": "momentum", "components": 3, "normalization": ["log1p"]}])
     with pytest.raises(ValueError, match="set quantum, or leave it out"):
         objective(targets=[{"field": "momentum", "most": 3}])
-    with pytest.raises(ValueError, match="builds on no other"):
+    with pytest.raises(
+        ValueError, match=r"builds on one trained regressor with a likelihood, or on nothing; .*vdm"
+    ):
         build(DiffusionConfig(channels=(2,)), [objective()])
+    with pytest.raises(ValueError, match="among its targets, with quantum: 1 and most, and spatial: 3"):
+        build(DiffusionConfig(channels=(2,)), [of_matter("poisson")])
     with pytest.raises(ValueError, match="has 3 components, not the 1"):
         objective(inputs=[{"field": "momentum"}]).sample(data, torch.Generator())
     with pytest.raises(ValueError, match="leave `quantum` out"):

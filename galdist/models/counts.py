@@ -63,6 +63,18 @@ class Counts:
         own = F.logsigmoid(-self.excess) + log_p
         return torch.where(n == 0, torch.logaddexp(F.logsigmoid(self.excess), own), own)
 
+    def log_probs(self, most: int) -> Tensor:
+        """ln P(n) of n = 0 to ``most``, along axis 1: each from the one before."""
+        mu = self.rate
+        a = torch.zeros_like(mu) if self.dispersion is None else self.dispersion
+        none = -mu if self.dispersion is None else -torch.log1p(a * mu) / a
+        odds = mu / (1 + a * mu)
+        log_p = torch.cat([none, *((odds * (1 + n * a) / (n + 1)).log() for n in range(most))], 1).cumsum(1)
+        if self.excess is None:
+            return log_p
+        own = F.logsigmoid(-self.excess) + log_p
+        return torch.cat([torch.logaddexp(F.logsigmoid(self.excess), own[:, :1]), own[:, 1:]], 1)
+
     def mean(self) -> Tensor:
         """Mean of the counts."""
         return self.rate if self.excess is None else self.rate * torch.sigmoid(-self.excess)

@@ -26,7 +26,7 @@ from galdist.models.layers import trim
 from galdist.models.noise import LinearConfig, NoiseSchedule, ScheduleConfig, signal_and_noise
 from galdist.models.samplers import Crops, Denoiser, Sampler, joint
 from galdist.models.unet import Features, UNet
-from galdist.models.voxels import InputConfig
+from galdist.models.voxels import InputConfig, VoxelRegressor
 from hpc import ddp
 
 TERMS = ("prior", "reconstruction", "diffusion")
@@ -153,17 +153,21 @@ class Shares(nn.Module):
         """The values, normalized."""
         return normalization(self.quantum * torch.arange(len(self.log), device=self.log.device))
 
-    def forward(self, x: Tensor, gamma: Tensor, normalization: Normalization) -> Tensor:
+    def forward(
+        self, x: Tensor, gamma: Tensor, normalization: Normalization, chances: Tensor | None
+    ) -> Tensor:
         """ln of the probability of each value, the last axis, in voxels where it would be a Gaussian about
         ``x`` had their values been standard Gaussians before all was seen.
 
         ``gamma`` is broadcast to ``x``. What is seen of a value y is in either case the exponential of
-        (y x - alpha^2 y^2 / 2) / sigma^2, but for a factor.
+        (y x - alpha^2 y^2 / 2) / sigma^2, but for a factor. ``chances``, ``(b, most + 1, *mesh)``, take the
+        place of how often each value occurs everywhere.
         """
         alpha, sigma = signal_and_noise(gamma)
         seen, precision = x / sigma.square(), 0.5 * (alpha / sigma).square()
         values = self.values(normalization)
-        scores = [log + y * seen - precision * y.square() for log, y in zip(self.log, values, strict=True)]
+        before = self.log if chances is None else chances[:, None].unbind(2)
+        scores = [log + y * seen - precision * y.square() for log, y in zip(before, values, strict=True)]
         return torch.stack(scores, -1).log_softmax(-1)
 
 
@@ -227,20 +231,19 @@ class VariationalDiffusion(GridObjective):
     The network gives v = alpha e - sigma x (Salimans & Ho 2022, arXiv:2202.00512) where Ono et al. have e:
     the same mean of the posterior, x = alpha z - sigma v, and errors that are not amplified where there is
     much noise.
+
+    It may stand on a trained `VoxelRegressor` with a likelihood, whose distribution of the counts in each
+    voxel is then what is known before all else, in place of how often each number occurs. Untrained it draws
+    the voxels from that independently of each other; what it learns is how they depend on each other.
     """
 
     Config: ClassVar[type[ModelConfig]] = DiffusionConfig
     config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig, parts: Sequence[Objective] = ()) -> None:
-        if parts:
-            raise ValueError(
-                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
-            )
         super().__init__()
         self.config = config
         self.inputs = tuple(entry.field for entry in config.inputs)
-        self.fields = (*self.inputs, *(entry.field for entry in config.targets))
         self.outputs = tuple(Field(name=entry.field, components=entry.components) for entry in config.targets)
         self.drawn = self.outputs
         self.simulation_parameters = config.parameters
@@ -256,6 +259,19 @@ class VariationalDiffusion(GridObjective):
         n_in = n_out + sum(entry.components for entry in config.inputs)
         self.network = UNet(n_in, n_out, config.channels, config.spatial, width, config.attention)
         self.alignment, self.reach = self.network.alignment, self.network.reach
+        self.counts, self.most = _counts(config, parts)
+        if self.counts is not None:
+            self.counts.requires_grad_(False)
+            self.parts = (self.counts,)
+            self.inputs = tuple(dict.fromkeys((*self.inputs, *self.counts.inputs)))
+            # Both find their own among these by name.
+            self.simulation_parameters = tuple(
+                dict.fromkeys((*config.parameters, *self.counts.simulation_parameters))
+            )
+            self.counts.simulation_parameters = self.simulation_parameters
+            self.alignment = max(self.alignment, self.counts.alignment)
+            self.reach = max(self.reach, self.counts.reach)
+        self.fields = (*self.inputs, *(entry.field for entry in config.targets))
 
     def prepare(self, training: TrainingFields) -> None:
         for entry, normalization in _each(self.config.inputs, self.of_inputs):
@@ -317,18 +333,22 @@ class VariationalDiffusion(GridObjective):
             )
         # Boxes may exceed the memory of the device that the network is on.
         of_inputs, of_targets = (copy.deepcopy(part).cpu() for part in (self.of_inputs, self.of_targets))
-        condition, parameters = self._condition(batch, of_inputs), batch.get(PARAMETERS)
+        condition, parameters = self._condition(batch, of_inputs), self._own_parameters(batch)
         n_boxes, n_mesh, device = len(condition), condition.shape[-1], self.network.head.weight.device
+        n_seen = condition.shape[1]
         shape = (n_boxes, self.network.head.out_features, *condition.shape[2:])
         noise = self._split(torch.randn(shape, generator=generator))
         condition = self._split(condition)
         if parameters is not None:
             parameters = parameters.repeat_interleave(len(noise) // n_boxes, 0)
         crops = self._crops(n_mesh)
+        if self.counts is not None:
+            condition = torch.cat([condition, self._chances_of_boxes(batch, crops, group)], 1)
 
-        def denoise(z: Tensor, gamma: Tensor, condition: Tensor, boxes: Tensor) -> Tensor:
+        def denoise(z: Tensor, gamma: Tensor, given: Tensor, boxes: Tensor) -> Tensor:
             known = None if parameters is None else parameters[boxes].to(device)
-            return self._denoise(z, gamma, condition, known, crops.whole)
+            chances = None if self.counts is None else given[:, n_seen:]
+            return self._denoise(z, gamma, given[:, :n_seen], known, crops.whole, chances)
 
         denoiser = joint(denoise, condition, crops, config.crops_at_once, device, group)
         schedule = copy.deepcopy(self.schedule).cpu()
@@ -350,8 +370,8 @@ class VariationalDiffusion(GridObjective):
 
     def _terms(self, batch: Batch, seeds: Tensor, t: Tensor) -> dict[str, Tensor]:
         """The bound's terms [bits] of every dimension, looked at in times ``t`` (b,)."""
-        condition, parameters = self._condition(batch, self.of_inputs), batch.get(PARAMETERS)
-        halo = batch["halo"]
+        condition, parameters = self._condition(batch, self.of_inputs), self._own_parameters(batch)
+        chances, halo = self._chances(batch), batch["halo"]
         noise, hidden = self._draws(seeds, condition)
         x, nats = self._normalized(batch, noise)
         x, nats, noise, condition = (self._split(field, halo) for field in (x, nats, noise, condition))
@@ -368,7 +388,7 @@ class VariationalDiffusion(GridObjective):
         def denoiser(z: Tensor, gamma: Tensor) -> Tensor:
             look = self._look(z, gamma, condition, parameters, batch["periodic"], known)
             looks.append((look, gamma))
-            return self._mean(look, gamma)
+            return self._mean(look, gamma, chances)
 
         in_steps = [
             entry.quantum is not None for entry in self.config.targets for _ in range(entry.components)
@@ -376,7 +396,7 @@ class VariationalDiffusion(GridObjective):
         terms = bound(x, denoiser, self.schedule, t, noise, halo, in_steps)
         terms["reconstruction"] = trim(nats, halo, self.config.spatial)
         if self.training:
-            terms["surprise"] = trim(self._surprise(*looks[0], x), halo, self.config.spatial)
+            terms["surprise"] = trim(self._surprise(*looks[0], x, chances), halo, self.config.spatial)
         return {name: term / math.log(2) for name, term in terms.items()}
 
     def _condition(self, batch: Batch, normalizations: Iterable[nn.Module]) -> Tensor:
@@ -444,9 +464,50 @@ class VariationalDiffusion(GridObjective):
             return x
         return x[:, :, halo : x.shape[2] - halo].movedim(2, 1).flatten(0, 1)
 
-    def _denoise(self, z: Tensor, gamma: Tensor, *given: Any) -> Tensor:
+    def _denoise(
+        self,
+        z: Tensor,
+        gamma: Tensor,
+        condition: Tensor,
+        parameters: Tensor | None,
+        periodic: bool,
+        chances: Tensor | None = None,
+    ) -> Tensor:
         """E[x | z], of what `_look` takes."""
-        return self._mean(self._look(z, gamma, *given), gamma)
+        return self._mean(self._look(z, gamma, condition, parameters, periodic), gamma, chances)
+
+    def _own_parameters(self, batch: Batch) -> Tensor | None:
+        """The network's own of the parameters that are known."""
+        parameters = batch.get(PARAMETERS)
+        return None if parameters is None else parameters[:, : len(self.config.parameters)]
+
+    def _chances(self, batch: Batch) -> Tensor | None:
+        """ln of the probability of each number in each voxel, halo included, where the model stands on one
+        that tells; ``(b, most + 1, z, y, x)``."""
+        if self.counts is None:
+            return None
+        with torch.no_grad():
+            return self.counts.log_chances({**batch, "halo": 0}, self.most)
+
+    def _chances_of_boxes(self, batch: Batch, crops: Crops, group: ddp.Group | None) -> Tensor:
+        """The same of whole boxes, from their crops."""
+        assert self.counts is not None
+        names, parameters = self.counts.inputs, batch.get(PARAMETERS)
+        fields = [batch[name] for name in names]
+        widths, device = [field.shape[1] for field in fields], self.network.head.weight.device
+
+        def chances(z: Tensor, gamma: Tensor, given: Tensor, boxes: Tensor) -> Tensor:
+            del z, gamma
+            some: dict[str, Any] = dict(zip(names, given.split(widths, 1), strict=True))
+            if parameters is not None:
+                some[PARAMETERS] = parameters[boxes].to(device)
+            found = self._chances({**some, "periodic": crops.whole})
+            assert found is not None
+            return found
+
+        whole = joint(chances, torch.cat(fields, 1), crops, self.config.crops_at_once, device, group)
+        nothing = fields[0].new_zeros((len(fields[0]), self.most + 1, *fields[0].shape[2:]))
+        return whole(nothing, nothing.new_zeros(len(nothing)))
 
     def _look(
         self,
@@ -466,21 +527,21 @@ class VariationalDiffusion(GridObjective):
         x: Tensor = alpha * z - sigma * v
         return x
 
-    def _mean(self, look: Tensor, gamma: Tensor) -> Tensor:
+    def _mean(self, look: Tensor, gamma: Tensor, chances: Tensor | None = None) -> Tensor:
         """E[x | z], of what `_look` gives."""
         parts = [
             part if shares is None else (shares[0].exp() * shares[1]).sum(-1)
-            for part, shares in self._told(look, gamma)
+            for part, shares in self._told(look, gamma, chances)
         ]
         return torch.cat(parts, 1)
 
-    def _surprise(self, look: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
+    def _surprise(self, look: Tensor, gamma: Tensor, x: Tensor, chances: Tensor | None = None) -> Tensor:
         """-ln of the probability of each voxel's x by itself given all that is seen, but for a constant
         [nats]; of what `_look` gives."""
         parts = []
         variance = signal_and_noise(gamma)[1].square().view(-1, *(1,) * (x.ndim - 1))
         sizes = [entry.components for entry in self.config.targets]
-        for y, (part, shares) in zip(x.split(sizes, 1), self._told(look, gamma), strict=True):
+        for y, (part, shares) in zip(x.split(sizes, 1), self._told(look, gamma, chances), strict=True):
             if shares is None:
                 parts.append(0.5 * (y - part).square() / variance)
             else:
@@ -489,18 +550,44 @@ class VariationalDiffusion(GridObjective):
                 parts.append(-log.gather(-1, which)[..., 0])
         return torch.cat(parts, 1)
 
-    def _told(self, look: Tensor, gamma: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+    def _told(
+        self, look: Tensor, gamma: Tensor, chances: Tensor | None
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
         """Of each target what `_look` gives and, where its values are few, ln of their probabilities, and
         they."""
         sizes = [entry.components for entry in self.config.targets]
         level = gamma.view(-1, *(1,) * (look.ndim - 1))
-        targets = zip(look.split(sizes, 1), self.shares, self.of_targets, strict=True)
-        for part, shares, normalization in targets:
+        entries, parts = self.config.targets, look.split(sizes, 1)
+        for entry, part, shares, normalization in zip(
+            entries, parts, self.shares, self.of_targets, strict=True
+        ):
             if isinstance(shares, Shares):
                 assert isinstance(normalization, Normalization)
-                yield part, (shares(part, level, normalization), shares.values(normalization))
+                known = chances if self.counts is not None and entry.field == self.counts.target else None
+                yield part, (shares(part, level, normalization, known), shares.values(normalization))
             else:
                 yield part, None
+
+
+def _counts(config: DiffusionConfig, parts: Sequence[Objective]) -> tuple[VoxelRegressor | None, int]:
+    """The model that tells the probability of each number in each voxel, if any, and the largest number."""
+    if not parts:
+        return None, 0
+    most = {
+        entry.field: entry.most for entry in config.targets if entry.quantum == 1 and entry.components == 1
+    }
+    given = ", ".join(part.config.name for part in parts)
+    if len(parts) > 1 or not isinstance(parts[0], VoxelRegressor) or parts[0].likelihood is None:
+        raise ValueError(
+            f"{config.name} builds on one trained regressor with a likelihood, or on nothing; `models` gives "
+            f"{given}"
+        )
+    if (largest := most.get(parts[0].target)) is None or config.spatial != 3:
+        raise ValueError(
+            f"{given} tells how many {parts[0].target} a voxel of three dimensions holds: a {config.name} on "
+            "it has that among its targets, with quantum: 1 and most, and spatial: 3"
+        )
+    return parts[0], largest
 
 
 def _each(

@@ -40,6 +40,7 @@ from galdist.training.losses import (
 )
 
 _FEATURES = 64  # of the embedding of a simulation's parameters
+_IMPOSSIBLE = -30.0  # ln of the probability of galaxies where the classifier keeps none
 
 
 class VoxelNetwork(nn.Module, abc.ABC):
@@ -442,6 +443,16 @@ class VoxelRegressor(VoxelObjective):
         estimate = self._estimate(batch)
         counts = Counts.of(estimate.raw, self.likelihood).quantile(uniforms)
         return {self.target: counts * estimate.kept}
+
+    def log_chances(self, batch: Batch, most: int) -> Tensor:
+        """ln P(n) of n = 0 to ``most`` galaxies, of which there are no more: ``(batch, most + 1, z, y, x)``
+        without the halo. For models with a likelihood."""
+        assert self.likelihood is not None
+        estimate = self._estimate(batch)
+        log = Counts.of(estimate.raw, self.likelihood).log_probs(most)
+        none = torch.full_like(log, _IMPOSSIBLE)
+        none[:, 0] = 0
+        return torch.where(estimate.kept, log, none).log_softmax(1).float()
 
     def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         estimate = self._estimate(batch)
