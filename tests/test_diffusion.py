@@ -223,16 +223,16 @@ def test_on_a_regressor_it_starts_from_its_distribution(likelihood: str) -> None
     assert drawn[many].mean() > 1.5 * drawn[~many].mean()
 
 
-def test_on_a_regressor_boxes_are_drawn_in_crops_too(tmp_path: Path) -> None:
+def test_on_a_regressor_boxes_are_drawn_in_crops_too() -> None:
     """The distribution of each voxel is the same in a crop that shows enough around it."""
-    data = batch(48, 1)
+    data = batch(32, 1)
     regressor = of_matter("negative-binomial")
-    settings = {"channels": [2], "attention": 0, "targets": [COUNTS | {"most": 5}], "overlap": 32}
+    settings = {"channels": [2], "attention": 0, "targets": [COUNTS | {"most": 5}], "overlap": 16}
     whole, parts = (
         VariationalDiffusion(DiffusionConfig.model_validate(settings | {"crop": crop}), [regressor])._crops(
             48
         )
-        for crop in (48, 40)
+        for crop in (32, 24)
     )
     model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
     of_all, of_parts = (model._chances_of_boxes(data, crops, None) for crops in (whole, parts))
