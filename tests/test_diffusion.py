@@ -17,6 +17,7 @@ from galdist.models import Objective, build, from_description
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
 from galdist.models.inception import InceptionRegressorConfig
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
+from galdist.models.samplers import Crops
 from galdist.models.voxels import VoxelRegressor
 from galdist.training.checkpoint import load_model
 from galdist.training.predict import PredictConfig, predict
@@ -227,14 +228,9 @@ def test_on_a_regressor_boxes_are_drawn_in_crops_too() -> None:
     """The distribution of each voxel is the same in a crop that shows enough around it."""
     data = batch(32, 1)
     regressor = of_matter("negative-binomial")
-    settings = {"channels": [2], "attention": 0, "targets": [COUNTS | {"most": 5}], "overlap": 16}
-    whole, parts = (
-        VariationalDiffusion(DiffusionConfig.model_validate(settings | {"crop": crop}), [regressor])._crops(
-            48
-        )
-        for crop in (32, 24)
-    )
+    settings = {"channels": [2], "attention": 0, "targets": [COUNTS | {"most": 5}]}
     model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
+    whole, parts = (Crops(32, 3, crop, 16, model.alignment) for crop in (32, 24))
     of_all, of_parts = (model._chances_of_boxes(data, crops, None) for crops in (whole, parts))
     torch.testing.assert_close(of_parts, of_all, rtol=1e-4, atol=1e-4)
     again = from_description(model.description())
