@@ -1,7 +1,7 @@
 """The bound is one, and tight where the denoiser is exact; what is drawn are fields of the targets."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from galdist.grids.store import open_store
 from galdist.models import Objective, build, from_description
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
-from galdist.models.inception import InceptionRegressorConfig
+from galdist.models.inception import InceptionClassifierConfig, InceptionRegressorConfig
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
 from galdist.models.samplers import Crops
 from galdist.models.voxels import VoxelRegressor
@@ -238,6 +238,36 @@ def test_on_a_regressor_boxes_are_drawn_in_crops_too() -> None:
     again.load_state_dict(model.state_dict())
     assert not any(parameter.requires_grad for parameter in again.parts[0].parameters())
     torch.testing.assert_close(again._chances_of_boxes(data, whole, None), of_all)
+
+
+def test_what_it_stands_on_finds_its_parameters() -> None:
+    """Also a classifier that the regressor stands on, wherever they are among all that are known."""
+    data = batch(8)
+    known = {"A": torch.tensor([[1.0], [2.0]]), "B": torch.tensor([[3.0], [5.0]]), "C": torch.ones(2, 1)}
+
+    def training(name: str) -> Iterator[Any]:
+        return iter((known | data)[name].numpy())
+
+    parts: list[Objective] = []
+    for config in (
+        InceptionClassifierConfig(name="inception-classifier", parameters=("A",)),
+        InceptionRegressorConfig(name="inception-regressor", loss="poisson", parameters=("B",)),
+    ):
+        parts = [build(config, parts)]
+        parts[0].prepare(training)
+        for parameter in parts[0].parameters():
+            torch.nn.init.normal_(parameter, 0, 0.1, generator=torch.Generator().manual_seed(4))
+    (regressor,) = parts
+    assert isinstance(regressor, VoxelRegressor)
+    assert regressor.simulation_parameters == ("B", "A")
+    alone = regressor.log_chances(data | {"parameters": torch.cat([known["B"], known["A"]], 1)}, 4)
+    target = COUNTS | {"most": 4}
+    settings = {"channels": [2], "attention": 0, "targets": [target], "parameters": ["C", "A"]}
+    model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
+    assert model.simulation_parameters == ("C", "A", "B")
+    together = torch.cat([known["C"], known["A"], known["B"]], 1)
+    chances = model._chances(data | {"parameters": together})
+    torch.testing.assert_close(chances, alone)
 
 
 def test_fields_of_any_units_have_the_bound_of_the_field() -> None:

@@ -80,6 +80,14 @@ class Objective(nn.Module, abc.ABC):
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics of a sample from its sums; `loss` is the one that training minimizes."""
 
+    @staticmethod
+    def stands_alone(config: ModelConfig, parts: Sequence["Objective"]) -> None:
+        """Refuse the trained ``parts`` of a family that builds on none (`ValueError`)."""
+        if parts:
+            raise ValueError(
+                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
+            )
+
     def calibrate(self, sums: Mapping[str, Tensor]) -> None:
         """Choose on the validation split what is chosen there (a threshold), before it is summarized."""
         del sums
@@ -114,6 +122,21 @@ class GridObjective(Objective):
     exact."""
     alignment: int
     """Origins of tiles are multiples of it."""
+
+    def build_on(self, part: "GridObjective") -> None:
+        """Hold a trained model, frozen, which reads from the same batches."""
+        part.requires_grad_(False)
+        self.parts = (part,)
+        self.inputs = tuple(dict.fromkeys((*self.inputs, *part.inputs)))
+        # All find their own among these by name, those that the part itself holds too.
+        self.simulation_parameters = tuple(
+            dict.fromkeys((*self.simulation_parameters, *part.simulation_parameters))
+        )
+        for held in part.modules():
+            if isinstance(held, GridObjective):
+                held.simulation_parameters = self.simulation_parameters
+        self.alignment = max(self.alignment, part.alignment)
+        self.reach = max(self.reach, part.reach)
 
     def crops(self, n_mesh: int) -> int:
         """Crops in which a box of ``n_mesh`` cells a side is drawn jointly, all its voxels at once; 0 for

@@ -208,12 +208,6 @@ class DiffusionConfig(ModelConfig):
         names = [entry.field for entry in (*self.inputs, *self.targets)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"field {twice[0]!r} is given twice; inputs and targets are different fields")
-        for entry in (*self.inputs, *self.targets):
-            if entry.components > 1 and "log1p" in entry.normalization:
-                raise ValueError(
-                    f"field {entry.field!r} is a vector, whose components may be negative, and log1p cannot "
-                    "take them: set its normalization to [standardize]"
-                )
         return self
 
 
@@ -261,16 +255,7 @@ class VariationalDiffusion(GridObjective):
         self.alignment, self.reach = self.network.alignment, self.network.reach
         self.counts, self.most = _counts(config, parts)
         if self.counts is not None:
-            self.counts.requires_grad_(False)
-            self.parts = (self.counts,)
-            self.inputs = tuple(dict.fromkeys((*self.inputs, *self.counts.inputs)))
-            # Both find their own among these by name.
-            self.simulation_parameters = tuple(
-                dict.fromkeys((*config.parameters, *self.counts.simulation_parameters))
-            )
-            self.counts.simulation_parameters = self.simulation_parameters
-            self.alignment = max(self.alignment, self.counts.alignment)
-            self.reach = max(self.reach, self.counts.reach)
+            self.build_on(self.counts)
         self.fields = (*self.inputs, *(entry.field for entry in config.targets))
 
     def prepare(self, training: TrainingFields) -> None:
@@ -348,7 +333,7 @@ class VariationalDiffusion(GridObjective):
         def denoise(z: Tensor, gamma: Tensor, given: Tensor, boxes: Tensor) -> Tensor:
             known = None if parameters is None else parameters[boxes].to(device)
             chances = None if self.counts is None else given[:, n_seen:]
-            return self._denoise(z, gamma, given[:, :n_seen], known, crops.whole, chances)
+            return self._denoise(z, gamma, given[:, :n_seen], known, crops.whole, chances=chances)
 
         denoiser = joint(denoise, condition, crops, config.crops_at_once, device, group)
         schedule = copy.deepcopy(self.schedule).cpu()
@@ -464,17 +449,9 @@ class VariationalDiffusion(GridObjective):
             return x
         return x[:, :, halo : x.shape[2] - halo].movedim(2, 1).flatten(0, 1)
 
-    def _denoise(
-        self,
-        z: Tensor,
-        gamma: Tensor,
-        condition: Tensor,
-        parameters: Tensor | None,
-        periodic: bool,
-        chances: Tensor | None = None,
-    ) -> Tensor:
+    def _denoise(self, z: Tensor, gamma: Tensor, *given: Any, chances: Tensor | None = None) -> Tensor:
         """E[x | z], of what `_look` takes."""
-        return self._mean(self._look(z, gamma, condition, parameters, periodic), gamma, chances)
+        return self._mean(self._look(z, gamma, *given), gamma, chances)
 
     def _own_parameters(self, batch: Batch) -> Tensor | None:
         """The network's own of the parameters that are known."""
@@ -491,19 +468,19 @@ class VariationalDiffusion(GridObjective):
 
     def _chances_of_boxes(self, batch: Batch, crops: Crops, group: ddp.Group | None) -> Tensor:
         """The same of whole boxes, from their crops."""
-        assert self.counts is not None
-        names, parameters = self.counts.inputs, batch.get(PARAMETERS)
+        counts = self.counts
+        assert counts is not None
+        names, parameters = counts.inputs, batch.get(PARAMETERS)
         fields = [batch[name] for name in names]
         widths, device = [field.shape[1] for field in fields], self.network.head.weight.device
 
         def chances(z: Tensor, gamma: Tensor, given: Tensor, boxes: Tensor) -> Tensor:
             del z, gamma
-            some: dict[str, Any] = dict(zip(names, given.split(widths, 1), strict=True))
+            some: dict[str, Any] = {"halo": 0, "periodic": crops.whole}
+            some |= zip(names, given.split(widths, 1), strict=True)
             if parameters is not None:
                 some[PARAMETERS] = parameters[boxes].to(device)
-            found = self._chances({**some, "periodic": crops.whole})
-            assert found is not None
-            return found
+            return counts.log_chances(some, self.most)
 
         whole = joint(chances, torch.cat(fields, 1), crops, self.config.crops_at_once, device, group)
         nothing = fields[0].new_zeros((len(fields[0]), self.most + 1, *fields[0].shape[2:]))

@@ -47,10 +47,7 @@ class Displacements(GridObjective):
 
     def __init__(self, config: DisplacementsConfig, parts: Sequence[Objective] = ()) -> None:
         super().__init__()
-        if parts:
-            raise ValueError(
-                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
-            )
+        self.stands_alone(config, parts)
         self.config = config
         self.inputs = (config.input,)
         self.fields = (config.input, config.target)

@@ -79,10 +79,7 @@ class TableObjective(Objective):
 
     def __init__(self, config: TableConfig, parts: Sequence[Objective] = ()) -> None:
         super().__init__()
-        if parts:
-            raise ValueError(
-                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
-            )
+        self.stands_alone(config, parts)
         self.config = config
         self.inputs, self.targets = config.inputs, config.targets
         self.fields = (*self.inputs, *self.targets)

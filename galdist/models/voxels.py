@@ -99,6 +99,15 @@ class InputConfig(StrictModel):
     """Applied in this order; fitted to the training split and saved with the weights. By default `log1p` and
     `standardize`; of vectors `scale`."""
 
+    @model_validator(mode="after")
+    def _logarithms_are_of_scalars(self) -> "InputConfig":
+        if self.components > 1 and "log1p" in self.normalization:
+            raise ValueError(
+                f"field {self.field!r} is a vector, whose components may be negative, and log1p cannot take "
+                "them: leave its normalization out, or set it to [standardize]"
+            )
+        return self
+
 
 class VoxelConfig(ModelConfig):
     """What both phases have in common, whatever the network. Defaults are the papers'."""
@@ -118,12 +127,6 @@ class VoxelConfig(ModelConfig):
     def _once(cls, inputs: tuple[InputConfig, ...]) -> tuple[InputConfig, ...]:
         if len({entry.field for entry in inputs}) < len(inputs):
             raise ValueError("a field is given twice")
-        for entry in inputs:
-            if entry.components > 1 and "log1p" in entry.normalization:
-                raise ValueError(
-                    f"field {entry.field!r} is a vector, whose components may be negative, and log1p cannot "
-                    "take them: leave its normalization out"
-                )
         return inputs
 
     @field_validator("parameters")
@@ -259,10 +262,7 @@ class VoxelClassifier(VoxelObjective):
     """Slope and offset of Platt's line, where the loss is Dice's."""
 
     def __init__(self, config: ClassifierConfig, parts: Sequence[Objective] = ()) -> None:
-        if parts:
-            raise ValueError(
-                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
-            )
+        self.stands_alone(config, parts)
         super().__init__(config)
         self.config = config
         self.outputs = (Field(name="galaxy_probability"),)
@@ -384,22 +384,13 @@ class VoxelRegressor(VoxelObjective):
             return
         assert isinstance(parts[0], VoxelClassifier)
         self.classifier = parts[0]
-        self.classifier.requires_grad_(False)
-        self.parts = (self.classifier,)
         if self.classifier.target != self.target:
             raise ValueError(
                 f"model.target is {self.target!r} but the classifier was trained on "
                 f"{self.classifier.target!r}"
             )
-        self.inputs = tuple(dict.fromkeys((*self.inputs, *self.classifier.inputs)))
+        self.build_on(self.classifier)
         self.fields = (*self.inputs, self.target)
-        # Both find their own among these by name.
-        self.simulation_parameters = tuple(
-            dict.fromkeys((*config.parameters, *self.classifier.simulation_parameters))
-        )
-        self.classifier.simulation_parameters = self.simulation_parameters
-        self.alignment = max(self.alignment, self.classifier.alignment)
-        self.reach = max(self.reach, self.classifier.reach)
 
     def _start(self, fraction: float, mean: float) -> None:
         if self.likelihood is not None:
