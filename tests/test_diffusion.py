@@ -260,14 +260,16 @@ def test_what_it_stands_on_finds_its_parameters() -> None:
     (regressor,) = parts
     assert isinstance(regressor, VoxelRegressor)
     assert regressor.simulation_parameters == ("B", "A")
-    alone = regressor.log_chances(data | {"parameters": torch.cat([known["B"], known["A"]], 1)}, 4)
+    alone = data | {"parameters": torch.cat([known["B"], known["A"]], 1)}
+    expected = regressor.log_chances(alone, 4), regressor.predict(alone)["galaxy_probability"]
     target = COUNTS | {"most": 4}
     settings = {"channels": [2], "attention": 0, "targets": [target], "parameters": ["C", "A"]}
     model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
     assert model.simulation_parameters == ("C", "A", "B")
     together = torch.cat([known["C"], known["A"], known["B"]], 1)
-    chances = model._chances(data | {"parameters": together})
-    torch.testing.assert_close(chances, alone)
+    seen = data | {"parameters": together}
+    torch.testing.assert_close(model._chances(seen), expected[0])
+    torch.testing.assert_close(regressor.predict(seen)["galaxy_probability"], expected[1])
 
 
 def test_fields_of_any_units_have_the_bound_of_the_field() -> None:
