@@ -263,10 +263,10 @@ def test_what_it_stands_on_finds_its_parameters() -> None:
     alone = data | {"parameters": torch.cat([known["B"], known["A"]], 1)}
     expected = regressor.log_chances(alone, 4), regressor.predict(alone)["galaxy_probability"]
     target = COUNTS | {"most": 4}
-    settings = {"channels": [2], "attention": 0, "targets": [target], "parameters": ["C", "A"]}
+    settings = {"channels": [2], "attention": 0, "targets": [target], "parameters": ["A", "C"]}
     model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
-    assert model.simulation_parameters == ("C", "A", "B")
-    together = torch.cat([known["C"], known["A"], known["B"]], 1)
+    assert model.simulation_parameters == ("A", "C", "B")
+    together = torch.cat([known["A"], known["C"], known["B"]], 1)
     seen = data | {"parameters": together}
     torch.testing.assert_close(model._chances(seen), expected[0])
     torch.testing.assert_close(regressor.predict(seen)["galaxy_probability"], expected[1])
