@@ -91,7 +91,10 @@ def test_runs_of_other_universes_are_refused(tmp_path: Path) -> None:
         ingested(tmp_path / "out", steps, matter_of={})
     with pytest.raises(SimulationError, match="take the matter of MockA_CV_1 from: 'CV_1'"):
         ingested(
-            tmp_path / "out", path=tmp_path / "nbody", matter_of={"path": tmp_path / "cola", "suite": "MockA"}
+            tmp_path / "out",
+            path=tmp_path / "nbody",
+            snapshot=90,
+            matter_of={"path": tmp_path / "cola", "suite": "MockA"},
         )
     write_camels(tmp_path / "cola", 2, 64, redshift=1.0)
     (file,) = (tmp_path / "cola" / "Sims" / "Box_DM").rglob("*.hdf5")
@@ -102,7 +105,9 @@ def test_runs_of_other_universes_are_refused(tmp_path: Path) -> None:
     parameters.write_text("CV_0 0.3175 0.8 1 1 1 1 77")
     one = {"path": tmp_path / "nbody", "where": {"A_SN1": [None, 1.05]}}
     with pytest.raises(SimulationError, match=r"not of one universe: redshift 0 and 1$"):
-        ingested(tmp_path / "out", **one, matter_of={"path": tmp_path / "cola", "suite": "MockA"})
+        ingested(
+            tmp_path / "out", **one, snapshot=90, matter_of={"path": tmp_path / "cola", "suite": "MockA"}
+        )
     differs = r"box size \[Mpc/h\] 25 and 50; Omega_m 0.3 and 0.3175; seed 5000 and 77$"
     with pytest.raises(SimulationError, match=differs):
         ingested(tmp_path / "out", **one, matter_of={"path": tmp_path / "cola", "suite": "Box"})

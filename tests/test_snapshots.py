@@ -76,6 +76,32 @@ def test_a_number_of_another_row_is_not_taken_for_the_redshift(tmp_path: Path) -
         SelectionConfig(path=tmp_path, redshift=0.47).open({})
 
 
+@pytest.mark.parametrize(("old_names", "number"), [(False, "090"), (False, "033"), (True, "033")])
+def test_another_time_is_not_taken_for_today(tmp_path: Path, old_names: bool, number: str) -> None:
+    """Of 91 snapshots the 33rd is at z = 2.90, of 34 at z = 0: where the 90th was not downloaded."""
+    write_camels(tmp_path, 2, 64, old_names=old_names)
+    for file in sorted(tmp_path.rglob("*CV_1/*.hdf5")):
+        there = file.with_name(f"{file.stem[:-3]}{number}.hdf5")
+        shutil.move(file, there)
+        at(there, 2.9)
+    wrong = rf"CV_1/\w+_{number}\.hdf5 is at redshift 2\.90, 0 is the default: .*`snapshot`.*`redshift`"
+    with pytest.raises(SimulationError, match=wrong):
+        SelectionConfig(path=tmp_path).open({})
+    (file,) = (tmp_path / "Sims").rglob(f"CV_1/sna*_{number}.hdf5")
+    at(file, 0.005)  # simulations write the time step next to it
+    assert [one.redshift for one, _ in SelectionConfig(path=tmp_path).open({})] == [0, 0.005]
+    at(file, 2.9)
+    shutil.rmtree(file.parents[1] / "CV_0")
+    ((found, _),) = SelectionConfig(path=tmp_path, snapshot=int(number)).open({})
+    assert found.redshift == 2.9
+
+
+def test_another_time_of_tng_is_not_taken_for_today(tmp_path: Path) -> None:
+    write_tng(tmp_path, n_particles=64, redshift=0.5)
+    with pytest.raises(SimulationError, match=r"snap_099\.0\.hdf5 is at redshift 0\.50, 0 is the default"):
+        SelectionConfig(format="tng", path=tmp_path).open({})
+
+
 def test_tng_by_redshift(tmp_path: Path) -> None:
     write_tng(tmp_path, n_particles=64, redshift=0.5)
     output = tmp_path / "TNG10-1" / "output"

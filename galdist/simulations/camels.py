@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from galdist.simulations.simulation import Matter, Simulation, SimulationError, find_chunks, nearest
+from galdist.simulations.snapshots import possible_numbers
 
 log = logging.getLogger(__name__)
 
 N_S = 0.9624  # of all CAMELS simulations but those of the set SB28
 PARAMETERS = ("Omega_m", "sigma_8", "A_SN1", "A_AGN1", "A_SN2", "A_AGN2")
-_AT_REDSHIFT_0 = (90, 33)
+_AT_REDSHIFT_0 = possible_numbers("camels", 0.0)
 _SNAPSHOT = (("snapshot", "snap"), ("snapdir",), "NumFilesPerSnapshot")
 _GROUPS = (("groups", "fof_subhalo_tab"), ("groups",), "NumFiles")
 _DM = "_DM"
@@ -29,7 +30,7 @@ def open_simulations(
     suite: str | None = None,
     set: str | None = None,
     volume: str | None = None,
-    snapshot: int | tuple[int, ...] | None = None,
+    snapshot: int | tuple[int, ...] = _AT_REDSHIFT_0,
     matter: Matter = "nbody",
 ) -> list[Simulation]:
     """The simulations of one set of one suite.
@@ -45,8 +46,8 @@ def open_simulations(
     volume
         such as ``L25n256``; may be left out where there is one.
     snapshot
-        number of the snapshot, or several of which the first that is there counts; that of z = 0 (90, or 33
-        in old releases) by default.
+        number of the snapshot, or several of which the first that is there counts; those that it may have at
+        z = 0 (90, or 33 in old releases) by default.
     matter
         ``nbody``: the dark matter of the suite's N-body twins. ``hydro``: that of the runs with galaxies.
 
@@ -149,8 +150,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _snapshot_files(folder: Path, snapshot: int | tuple[int, ...] | None) -> tuple[int, tuple[Path, ...]]:
-    numbers = _AT_REDSHIFT_0 if snapshot is None else (snapshot,) if isinstance(snapshot, int) else snapshot
+def _snapshot_files(folder: Path, snapshot: int | tuple[int, ...]) -> tuple[int, tuple[Path, ...]]:
+    numbers = (snapshot,) if isinstance(snapshot, int) else snapshot
     for number in numbers:
         if files := find_chunks(folder, _SNAPSHOT[0], number, *_SNAPSHOT[1:]):
             return number, files

@@ -233,22 +233,16 @@ class SelectionConfig(StrictModel):
             snapshot_at(self.format, self.redshift)
         return self
 
-    @property
-    def snapshots(self) -> tuple[int, ...] | None:
-        """Numbers of the snapshot, of which the first that is there counts; None for that of z = 0."""
-        if self.redshift is not None:
-            return possible_numbers(self.format, self.redshift)
-        return None if self.snapshot is None else (self.snapshot,)
-
     def open(self, inputs: Mapping[str, Sequence[Path]]) -> list[tuple[Simulation, str]]:
         """The simulations, each with its split: ``train``, ``validation`` or ``test``.
 
         Raises
         ------
         SimulationError
-            where there is neither a path nor a step to read from, or both; for names in the split that are
-            not there or are there twice; for parameters that are unknown and ranges that hold no simulation;
-            and whatever the reader raises.
+            where there is neither a path nor a step to read from, or both; for files of another redshift than
+            that which is asked for, or 0 where nothing is said of the snapshot; for names in the split that
+            are not there or are there twice; for parameters that are unknown and ranges that hold no
+            simulation; and whatever the reader raises.
         """
         given = [*inputs.get("simulations", ()), *([self.path] if self.path else [])]
         if len(given) != 1:
@@ -260,14 +254,16 @@ class SelectionConfig(StrictModel):
         if self.matter is not None:
             where["matter"] = "hydro" if self.matter == "total" else self.matter
         opener: Callable[..., list[Simulation]] = rank.load(READERS[self.format])
-        found = opener(given[0], suite=self.suite, set=self.set, snapshot=self.snapshots, **where)
-        if self.redshift is not None:
-            for one in found:
-                if abs(1 / (1 + one.redshift) - snapshot_at(self.format, self.redshift)[1]) > 2 * ALIKE:
-                    raise SimulationError(
-                        f"{one.particle_files[0]} is at redshift {one.redshift:.2f}, {self.redshift:g} was "
-                        "asked for: its snapshots have other numbers; say which by `snapshot`"
-                    )
+        wanted = self.redshift or 0.0
+        numbers = possible_numbers(self.format, wanted) if self.snapshot is None else (self.snapshot,)
+        found = opener(given[0], suite=self.suite, set=self.set, snapshot=numbers, **where)
+        for one in found if self.snapshot is None else ():
+            if abs(1 / (1 + one.redshift) - snapshot_at(self.format, wanted)[1]) > 2 * ALIKE:
+                why = "is the default" if self.redshift is None else "was asked for"
+                raise SimulationError(
+                    f"{one.particle_files[0]} is at redshift {one.redshift:.2f}, {wanted:g} {why}: its "
+                    "snapshots have other numbers; say which by `snapshot`, or another time by `redshift`"
+                )
         simulations = [
             simulation
             for simulation in found

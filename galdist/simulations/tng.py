@@ -23,7 +23,7 @@ def open_simulations(
     path: Path,
     suite: str | None = None,
     set: str | None = None,
-    snapshot: int | tuple[int, ...] | None = None,
+    snapshot: int | tuple[int, ...] = 99,
     matter: Matter = "hydro",
 ) -> list[Simulation]:
     """The simulations under ``path``.
@@ -48,7 +48,7 @@ def open_simulations(
     """
     if set is not None:
         raise SimulationError(f"set: IllustrisTNG has no sets, got {set!r}; leave it out")
-    (number,) = (99,) if snapshot is None else (snapshot,) if isinstance(snapshot, int) else snapshot
+    (number,) = (snapshot,) if isinstance(snapshot, int) else snapshot
     root = path.parent if _output(path) is not None and (path / "output").is_dir() else path
     available = sorted(
         folder.name for folder in root.iterdir() if folder.is_dir() and _output(folder) is not None
