@@ -1,5 +1,6 @@
 """COLA corrected by a network: particles go where the displacements say, and nothing else moves them."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from universe import make_truth, write_camels, write_snapshot
 
 from galdist.data.transforms import N_SYMMETRIES, cube_symmetry
 from galdist.grids.ingest import IngestConfig, ingest
+from galdist.grids.matter import with_matter
 from galdist.grids.store import Field, GridStore, SimulationAttrs, create_store, open_store
 from galdist.models import build, from_description
 from galdist.models.displacements import Displacements, DisplacementsConfig, differences
-from galdist.simulations.simulation import SimulationError
+from galdist.simulations.simulation import SelectionConfig, SimulationError
 from galdist.training.predict import PredictConfig, predict
 from galdist.training.train import TrainConfig, train
 
@@ -204,6 +206,28 @@ def test_displaced_particles_are_the_matter_of_the_run_they_are_of(tmp_path: Pat
     velocities = config.model_copy(update={"fields": (type(config.fields[0])(name="matter_velocity"),)})
     with pytest.raises(SimulationError, match="have no velocity"):
         ingest(velocities, {"matter": [tmp_path / "step"]}, tmp_path / "out")
+
+
+def test_a_store_of_displacements_is_opened_once(tmp_path: Path) -> None:
+    """Here, and by a worker that the simulation is sent to."""
+    write_camels(tmp_path / "camels", 1, 64)
+    attrs = SimulationAttrs(name="CV_0", box_size=BOX, redshift=0, suite="", cosmology=COSMOLOGY)
+    store = create_store(tmp_path / "step" / "prediction.zarr", [attrs], FIELDS, SIDE)
+    moved = smooth_vectors(np.random.default_rng(5))
+    store["CV_0"].write("displacement", moved)
+    selection = SelectionConfig(path=tmp_path / "camels")
+    (one,) = with_matter(
+        [simulation for simulation, _ in selection.open({})], selection, None, {"matter": [tmp_path / "step"]}
+    )
+    sent = pickle.loads(pickle.dumps(one)).matter  # noqa: S301 (made here)
+    here = one.matter
+    assert sent.n_particles() == SIDE**3  # opened, as `with_matter` did here to compare the universes
+    for file in (store.path / "zarr.json", store.path / "CV_0" / "zarr.json"):
+        file.unlink()
+    for matter in (here, sent):
+        assert (matter.box_size, matter.redshift, matter.cosmology) == (BOX, 0, COSMOLOGY)
+        position = matter.particles(store.path, ("position",))["position"]
+        np.testing.assert_allclose(position[0], moved[:, 0, 0, 0] % BOX, rtol=1e-6)
 
 
 MOCK = """

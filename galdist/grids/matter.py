@@ -7,6 +7,7 @@ redshift, a cosmology and, where both are known, the seed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,23 +47,24 @@ class DisplacedLattice(Simulation):
     They have positions and equal masses, and no velocities.
     """
 
+    @cached_property
     def _grids(self) -> SimulationGrids:
         return open_store(self.particle_files[0])[self.name]
 
     @property
     def box_size(self) -> float:
-        return self._grids().attrs.box_size
+        return self._grids.attrs.box_size
 
     @property
     def redshift(self) -> float:
-        return self._grids().attrs.redshift
+        return self._grids.attrs.redshift
 
     @property
     def cosmology(self) -> dict[str, float]:
-        return self._grids().attrs.cosmology
+        return self._grids.attrs.cosmology
 
     def n_particles(self, kind: int = DARK_MATTER) -> int:
-        return self._grids().n_mesh ** 3 if kind == DARK_MATTER else 0
+        return self._grids.n_mesh**3 if kind == DARK_MATTER else 0
 
     def n_particles_in(self, file: Path, kind: int = DARK_MATTER) -> int:
         del file  # there is one
@@ -76,7 +78,7 @@ class DisplacedLattice(Simulation):
         stop: int | None = None,
         kind: int = DARK_MATTER,
     ) -> Columns:
-        grids, n_total = self._grids(), self.n_particles(kind)
+        grids, n_total = self._grids, self.n_particles(kind)
         side, box_size = grids.n_mesh, grids.attrs.box_size
         rows = np.arange(start, n_total if stop is None else min(stop, n_total))  # of sites (z, y, x)
         sites = np.stack([rows % side, rows // side % side, rows // side**2], axis=1)
