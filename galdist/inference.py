@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import galdist
-from galdist.catalogs.columns import QUANTITIES, ColumnSource, PositionSource
+from galdist.catalogs.columns import QUANTITIES, ColumnSource, PositionSource, csv_columns
 from galdist.catalogs.neighbors import Halos
 from galdist.catalogs.samples import rows_per_chunk
 from galdist.simulations.simulation import SimulationError
@@ -727,7 +727,7 @@ def _csv(file: Path) -> Iterator[_Opened]:
             for frame in frames:
                 yield {name: frame[name].to_numpy() for name in names}
 
-    yield [str(name) for name in pandas.read_csv(file, nrows=0).columns], None, read
+    yield csv_columns(file), None, read
 
 
 @contextlib.contextmanager

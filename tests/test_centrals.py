@@ -1,6 +1,9 @@
 """Halos with their central galaxies: from tables and group catalogues to rows in splits."""
 
+import csv
 import json
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from galdist.catalogs.centrals import (
     split_rows,
     split_simulations,
 )
-from galdist.catalogs.columns import ColumnSource
+from galdist.catalogs.columns import ColumnSource, load_columns
 from galdist.catalogs.structure import bullock_spin, nfw_concentration
 from galdist.grids.store import SimulationAttrs, StoreError
 from galdist.simulations.simulation import SimulationError
@@ -452,6 +455,29 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     write(table(0), tmp_path / "empty.parquet")
     with pytest.raises(SimulationError, match="the table has no rows"):
         run(tmp_path / "empty.parquet", tmp_path / "out")
+
+
+CSV = 'Mvir,"spin, of Bullock",n\n1e12,0.03,4\n\n2.5e12,"0,04",12\n3e12,0.05,345'
+
+
+@given(st.integers(30, len(CSV)), st.sampled_from(["\n", "\r\n"]))
+def test_a_table_is_read_wherever_it_ends_but_within_a_line(end: int, newline: str) -> None:
+    text = CSV[:end]
+    last = text.rpartition("\n")[2]
+    whole = not last or len(next(csv.reader([last]))) == 3
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "t.csv")
+        file.write_bytes(text.replace("\n", newline).encode())
+        number = text.count("\n") + 1
+        with nullcontext() if whole else pytest.raises(SimulationError, match=f"line {number} has"):
+            columns = load_columns(file, ["Mvir"])
+            assert len(columns["Mvir"]) == len([line for line in text.splitlines() if line]) - 1
+
+
+def test_a_row_that_is_longer_than_the_header_moves_no_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("M_h,color\n12.5,0.4,\n13.5,0.7,\n")
+    with pytest.raises(SimulationError, match=r"line 2 has 3 fields, the header has 2: "):
+        load_columns(tmp_path / "t.csv", ["M_h"])
 
 
 def test_a_halo_must_be_there_once(tmp_path: Path) -> None:

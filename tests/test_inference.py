@@ -343,6 +343,22 @@ def test_what_is_no_table(
     assert not (tmp_path / "out.parquet").exists()
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_table_that_is_cut_off_in_its_last_line(model: Model, tmp_path: Path, end: str) -> None:
+    """Also behind all that the model reads."""
+    catalog, out = tmp_path / "halos.csv", tmp_path / "out.parquet"
+    whole = users().assign(V=np.arange(300), W=0.5).drop(columns="id").to_csv(index=False).rstrip()
+    catalog.write_text(whole.rpartition(",")[0] + end)
+    with pytest.raises(
+        SettingsError, match=r"halos\.csv: cannot be read as csv: line 301 has 3 fields, .* 4"
+    ):
+        predict_file(model, catalog, out, Wanted())
+    assert not out.exists()
+    catalog.write_text(whole + end)
+    predict_file(model, catalog, out, Wanted())
+    assert pd.read_parquet(out).equals(model.predict(users()))
+
+
 def damaged(path: Path, table: pd.DataFrame) -> Path:
     """A table that opens, and breaks in the middle."""
     if path.suffix == ".csv":

@@ -4,6 +4,7 @@ A table comes as Parquet, CSV or HDF5 under any names and in any units; `TableSo
 what. What arrives is checked: every number finite and plausible for what it is said to be.
 """
 
+import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,8 @@ class ParameterSource(StrictModel):
         """
         import pandas
 
+        names = _frame(self.file, csv_columns)
         frame = _frame(self.file, pandas.read_csv)
-        names = [str(name) for name in frame.columns]
         for name in (self.column, *(self.astrophysics or ())):
             if name not in names:
                 raise SimulationError(unknown_name(f"{self.file}: column", name, names))
@@ -444,12 +445,37 @@ def load_columns(file: Path, names: Sequence[str], key: str = "/") -> Columns:
         _all_there(file, wanted, held)
         frame = _frame(file, pandas.read_parquet, columns=wanted)
     elif file.suffix == ".csv":
-        held = [str(name) for name in _frame(file, pandas.read_csv, nrows=0).columns]
-        _all_there(file, wanted, held)
+        _all_there(file, wanted, _frame(file, csv_columns))
         frame = _frame(file, pandas.read_csv, usecols=wanted)
     else:
         raise SimulationError(f"{file}: expected a table that ends in .parquet, .csv, .hdf5 or .h5")
     return {name: frame[name].to_numpy() for name in wanted}
+
+
+def csv_columns(file: Path) -> list[str]:
+    """Names of a CSV table's columns. Reads the whole file: each line must have as many fields as the first,
+    or what pandas makes of it is another table (cut off in the last line, or moved by a column).
+
+    Raises
+    ------
+    ValueError
+        for a line that has more or less; the message has its number, from 1.
+    """
+    import pandas
+
+    names = [str(name) for name in pandas.read_csv(file, nrows=0).columns]
+    with open(file, newline="", encoding="utf-8", errors="replace") as stream:
+        lines = csv.reader(stream)
+        try:
+            for fields in lines:
+                if len(fields) != len(names) and ",".join(fields).strip():  # else the line is empty
+                    raise ValueError(
+                        f"line {lines.line_num} has {len(fields)} fields, the header has {len(names)}: the "
+                        "file was cut off there (get it again), or they do not belong together"
+                    )
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from error
+    return names
 
 
 def _load_hdf5(file: Path, names: Sequence[str], key: str) -> Columns:
