@@ -8,20 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from gaussian_fields import GaussianFields
 from small_grids import make_grids
 from torch import Tensor
 
+from galdist import config as run_files
+from galdist import pipeline, plan
+from galdist.data.datasets import to_device
 from galdist.grids.store import open_store
 from galdist.models import Objective, build, from_description
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion, _evenly, bound
 from galdist.models.inception import InceptionClassifierConfig, InceptionRegressorConfig
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
-from galdist.models.samplers import Crops
+from galdist.models.samplers import Crops, Drawing, Sampler
 from galdist.models.voxels import VoxelRegressor
+from galdist.stages import STAGES, Stage
 from galdist.training.checkpoint import load_model
 from galdist.training.predict import PredictConfig, predict
 from galdist.training.train import TrainConfig, train
+from hpc.site import Site
+from hpc.strict import StrictModel
 
 COUNTS = {"field": "galaxy_counts", "quantum": 1.0, "normalization": ["standardize"]}
 
@@ -147,7 +154,7 @@ def test_counts_of_voxels_that_know_nothing_of_each_other_need_no_training(
     bounds = []
     for most in (3, None):
         schedule = {"kind": "linear", "gamma": gamma}
-        model = objective(targets=[COUNTS | {"most": most}], schedule=schedule, sampler={"steps": 50})
+        model = objective(targets=[COUNTS | {"most": most}], schedule=schedule)
         model.prepare(lambda name: iter(data[name].numpy()))
         bounds.append(bound_and_error(model, data))
     (value, error), (plain, _) = bounds
@@ -173,9 +180,10 @@ def test_draws_of_an_untrained_model_have_the_shares_of_counts() -> None:
     counts = torch.multinomial(shares, 2 * 32**3, True, generator=torch.Generator().manual_seed(0))
     data = of_counts(counts.view(2, 1, 32, 32, 32).float())
     schedule = {"kind": "linear", "gamma": (-4.0, 10.0)}
-    model = objective(targets=[COUNTS | {"most": 3}], schedule=schedule, sampler={"steps": 50})
+    model = objective(targets=[COUNTS | {"most": 3}], schedule=schedule)
     model.prepare(lambda name: iter(data[name].numpy()))
-    drawn = model.sample(data, torch.Generator().manual_seed(1))["galaxy_counts"]
+    drawing = Drawing(sampler=Sampler(steps=50))
+    drawn = model.sample(data, torch.Generator().manual_seed(1), drawing)["galaxy_counts"]
     found = torch.bincount(drawn.int().flatten(), minlength=4) / drawn.numel()
     torch.testing.assert_close(found, shares, rtol=0.15, atol=0.0)
 
@@ -198,11 +206,10 @@ def test_on_a_regressor_it_starts_from_its_distribution(likelihood: str) -> None
     """Untrained, its bound is the regressor's -ln P, and what it draws the regressor draws."""
     data = batch(8, 987)
     regressor = of_matter(likelihood)
-    target = COUNTS | {"most": 12}
-    schedule, sampler = {"kind": "linear", "gamma": (-4.5, 10.0)}, {"steps": 30}
+    target, schedule = COUNTS | {"most": 12}, {"kind": "linear", "gamma": (-4.5, 10.0)}
     model = VariationalDiffusion(
         DiffusionConfig.model_validate(
-            {"channels": [2], "attention": 0, "targets": [target], "schedule": schedule, "sampler": sampler}
+            {"channels": [2], "attention": 0, "targets": [target], "schedule": schedule}
         ),
         [regressor],
     )
@@ -217,7 +224,8 @@ def test_on_a_regressor_it_starts_from_its_distribution(likelihood: str) -> None
     assert value == pytest.approx(expected / math.log(2), abs=3 * error)
     assert error < 0.02
     some = {name: field[:256] if isinstance(field, Tensor) else field for name, field in data.items()}
-    drawn = model.sample(some, torch.Generator().manual_seed(3))["galaxy_counts"]
+    drawing = Drawing(sampler=Sampler(steps=30))
+    drawn = model.sample(some, torch.Generator().manual_seed(3), drawing)["galaxy_counts"]
     many = mean[:256] > mean[:256].median()
     for part in (many, ~many):
         assert drawn[part].mean().item() == pytest.approx(mean[:256][part].mean().item(), rel=0.08)
@@ -231,13 +239,13 @@ def test_on_a_regressor_boxes_are_drawn_in_crops_too() -> None:
     settings = {"channels": [2], "attention": 0, "targets": [COUNTS | {"most": 5}]}
     model = VariationalDiffusion(DiffusionConfig.model_validate(settings), [regressor])
     whole, parts = (Crops(32, 3, crop, 16, model.alignment) for crop in (32, 24))
-    of_all, of_parts = (model._chances_of_boxes(data, crops, None) for crops in (whole, parts))
+    of_all, of_parts = (model._chances_of_boxes(data, crops, 4) for crops in (whole, parts))
     torch.testing.assert_close(of_parts, of_all, rtol=1e-4, atol=1e-4)
     again = from_description(model.description())
     assert isinstance(again, VariationalDiffusion)
     again.load_state_dict(model.state_dict())
     assert not any(parameter.requires_grad for parameter in again.parts[0].parameters())
-    torch.testing.assert_close(again._chances_of_boxes(data, whole, None), of_all)
+    torch.testing.assert_close(again._chances_of_boxes(data, whole, 4), of_all)
 
 
 def test_what_it_stands_on_finds_its_parameters() -> None:
@@ -384,10 +392,11 @@ def test_samples_are_fields_of_the_targets_and_a_function_of_the_seed(spatial: i
     data = batch(8)
     targets = [COUNTS, {"field": "momentum", "components": 3, "normalization": ["standardize"]}]
     config = {"targets": targets, "spatial": spatial, "channels": [2, 3], "attention": 1}
-    model = prepared(data, **config, sampler={"kind": "ancestral", "steps": 3})
+    model = prepared(data, **config)
+    drawing = Drawing(sampler=Sampler(kind="ancestral", steps=3))
 
     def draw(seed: int) -> dict[str, Tensor]:
-        return model.sample(data, torch.Generator().manual_seed(seed))
+        return model.sample(data, torch.Generator().manual_seed(seed), drawing)
 
     drawn = draw(0)
     assert {name: field.shape for name, field in drawn.items()} == {
@@ -403,13 +412,15 @@ def test_samples_are_fields_of_the_targets_and_a_function_of_the_seed(spatial: i
 
 def test_a_box_drawn_in_crops_is_the_box_where_these_share_enough() -> None:
     data = batch(24, b=1)
-    whole = prepared(data, channels=[2], sampler={"steps": 3})
-    assert whole.reach == 4
-    crops = prepared(data, channels=[2], sampler={"steps": 3}, crop=20, overlap=16)
-    for model in (whole, crops):
-        with torch.no_grad():
-            model.of_targets[0].transforms[1].std.fill_(0.01)  # type: ignore[union-attr, index]
-    ours, theirs = (m.sample(data, torch.Generator().manual_seed(3)) for m in (crops, whole))
+    model = prepared(data, channels=[2])
+    assert model.reach == 4
+    with torch.no_grad():
+        model.of_targets[0].transforms[1].std.fill_(0.01)  # type: ignore[union-attr, index]
+    few = Sampler(steps=3)
+    ours, theirs = (
+        model.sample(data, torch.Generator().manual_seed(3), drawing)
+        for drawing in (Drawing(sampler=few, crop=20, overlap=16), Drawing(sampler=few))
+    )
     assert (ours["galaxy_counts"] != theirs["galaxy_counts"]).float().mean() < 1e-3
 
 
@@ -427,10 +438,7 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytes
             "channels": [2, 3],
             "attention": 0,
             "parameters": ["redshift"],
-            "sampler": {"steps": 2},
             "schedule": {"kind": "monotone", "hidden": 8},
-            "crop": 4,
-            "overlap": 2,
         },
         "data": {"crop": 8, "crops_per_box": 4, "workers": 0, "tile": 8},
         "epochs": 1,
@@ -439,7 +447,8 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytes
     inputs = {"grids": [tmp_path / "grids"]}
     train(TrainConfig.model_validate(config), inputs, tmp_path / "train")
     inputs["model"] = [tmp_path / "train"]
-    predict(PredictConfig(samples=2), inputs, tmp_path / "predict")
+    drawing = Drawing(sampler=Sampler(steps=2), crop=4, overlap=2)
+    predict(PredictConfig(samples=2, drawing=drawing), inputs, tmp_path / "predict")
     drawn = open_store(tmp_path / "predict" / "prediction.zarr")["box_3"]
     names = [f"{field}{n}" for field in ("galaxy_counts", "momentum") for n in ("", "_sample_0", "_sample_1")]
     assert drawn.fields == names
@@ -460,7 +469,7 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytes
         return seen * torch.tensor([3.0, -1.0, 1.0, 2.0]).view(-1, 1, 1, 1)
 
     monkeypatch.setattr(VariationalDiffusion, "_denoise", formula)
-    predict(PredictConfig(), inputs, tmp_path / "formula")
+    predict(PredictConfig(drawing=drawing), inputs, tmp_path / "formula")
     drawn = open_store(tmp_path / "formula" / "prediction.zarr")["box_3"]
     model = load_model(tmp_path / "train")[0]
     assert isinstance(model, VariationalDiffusion)
@@ -474,6 +483,71 @@ def test_the_stages_train_it_and_draw_from_it(tmp_path: Path, monkeypatch: pytes
         expected = normalized.inverse(factor * torch.from_numpy(matter)).numpy()
         off = values - (np.maximum(np.round(expected), 0) if factor == 3.0 else expected)
         assert np.mean(np.abs(off) > noise * normalized.std.item()) < 0.01
+
+
+class BoxesConfig(StrictModel):
+    """Of the stage `boxes`."""
+
+
+def boxes(config: BoxesConfig, inputs: dict[str, list[Path]], out: Path) -> None:
+    """A stage that makes small grids."""
+    make_grids(out, 8)
+
+
+def test_another_drawing_needs_no_training(tmp_path: Path) -> None:
+    """One model is drawn from in two ways in a run; a change of one way draws these boxes anew, and no
+    others."""
+    stages = STAGES | {"boxes": Stage("test_diffusion:boxes", "serial")}
+    target = {"field": "momentum", "components": 3, "normalization": ["standardize"]}
+    training = {
+        "model": {"name": "vdm", "targets": [target], "channels": [2], "attention": 0},
+        "data": {"crop": 8, "crops_per_box": 4, "workers": 0, "tile": 8},
+        "epochs": 1,
+        "batch_size": 4,
+    }
+    drawn = {
+        "coarse": {"sampler": {"kind": "ddim", "steps": 1}},
+        "fine": {"sampler": {"steps": 3}, "crop": 4, "overlap": 2},
+    }
+
+    def run() -> dict[str, str]:
+        """Runs what is not done; why each of these steps was run."""
+        steps: list[dict[str, Any]] = [
+            {"name": "grids", "stage": "boxes"},
+            {"name": "vdm", "stage": "train", "inputs": {"grids": "grids"}, "config": training},
+            *(
+                {
+                    "name": name,
+                    "stage": "predict",
+                    "inputs": {"grids": "grids", "model": "vdm"},
+                    "config": {"samples": 1, "tile": 8, "drawing": drawing},
+                }
+                for name, drawing in drawn.items()
+            ),
+        ]
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "drawn", "seed": 1, "steps": steps}))
+        file = run_files.load(str(tmp_path / "run.yaml"), (), stages)
+        why = {step.name: step.why for step in plan.plan(file, tmp_path / "out", stages=stages) if step.runs}
+        pipeline.execute(file, tmp_path / "out", Site(launcher="debug"), lambda view: None, stages=stages)
+        return why
+
+    def draws(name: str) -> list[Any]:
+        box = open_store(tmp_path / "out" / name / "prediction.zarr")["box_3"]
+        return [box.read(field) for field in ("momentum", "momentum_sample_0")]
+
+    assert list(run()) == ["grids", "vdm", "coarse", "fine"]
+    for one, other in zip(draws("coarse"), draws("fine"), strict=True):
+        assert not np.allclose(one, other, atol=0.01)
+    drawn["coarse"] = drawn["fine"]
+    assert [(name, "config changed: drawing" in why) for name, why in run().items()] == [("coarse", True)]
+    for one, other in zip(draws("coarse"), draws("fine"), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_seeds_are_read_without_waiting_for_a_device() -> None:
+    data = to_device(batch(), torch.device("meta"))  # whose tensors cannot be read
+    assert data["matter_counts"].is_meta
+    assert data["seed"].tolist() == [7, 8]
 
 
 def test_a_description_builds_the_same_model() -> None:
@@ -499,10 +573,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="among its targets, with quantum: 1 and most, and spatial: 3"):
         build(DiffusionConfig(channels=(2,)), [of_matter("poisson")])
     with pytest.raises(ValueError, match="has 3 components, not the 1"):
-        objective(inputs=[{"field": "momentum"}]).sample(data, torch.Generator())
+        objective(inputs=[{"field": "momentum"}]).sample(data, torch.Generator(), Drawing())
     with pytest.raises(ValueError, match="leave `quantum` out"):
         objective(inputs=[{"field": "matter_counts"}], targets=[COUNTS | {"field": "momentum"}]).prepare(
             lambda name: iter(data[name].numpy())
         )
     with pytest.raises(ValueError, match="draws whole boxes"):
-        objective().sample(batch(8, halo=2), torch.Generator())
+        objective().sample(batch(8, halo=2), torch.Generator(), Drawing())

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from galdist.models.diffusion import DiffusionConfig, VariationalDiffusion
 from galdist.models.noise import LinearConfig, signal_and_noise
-from galdist.models.samplers import Sampler
+from galdist.models.samplers import Drawing, Sampler
 
 GAMMA = (-8.0, 10.0)
 MARGIN = 4
@@ -37,7 +37,6 @@ def trained(
                 "attention": 0,
                 "spatial": fields.spatial,
                 "schedule": {"kind": "linear", "learned": False, "gamma": GAMMA},
-                "crops_at_once": 64,
             }
         )
     )
@@ -79,15 +78,13 @@ def boxed(fields: Tensor) -> Tensor:
 
 
 def drawn(
-    model: VariationalDiffusion, fields: GaussianFields, y: Tensor, seed: int, **config: Any
+    model: VariationalDiffusion, fields: GaussianFields, y: Tensor, seed: int, drawing: Drawing
 ) -> tuple[Tensor, Tensor]:
     """A sample for each observation (n, 1, *mesh), by the network and by the exact denoiser from the same
-    noise; ``config`` is how."""
-    how = VariationalDiffusion(model.config.model_copy(update=config))
-    how.load_state_dict(model.state_dict())
+    noise."""
     generator = torch.Generator().manual_seed(seed)
     batch = {"seen": boxed(y), "halo": 0, "periodic": True}
-    ours = how.eval().sample(batch, generator)["field"].view_as(y)
+    ours = model.sample(batch, generator, drawing)["field"].view_as(y)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(y.shape, generator=generator)
     mean = fields.modes(fields.posterior_mean(y))
@@ -95,7 +92,8 @@ def drawn(
     def exact(z: Tensor, gamma: Tensor) -> Tensor:
         return fields.modes(fields.denoised_modes(fields.modes(z), gamma, mean))
 
-    return ours, how.config.sampler.draw(exact, how.schedule.requires_grad_(False), noise, generator)
+    with torch.no_grad():
+        return ours, drawing.sampler.draw(exact, model.schedule, noise, generator)
 
 
 def exact_variance(sampler: Sampler) -> float:
@@ -144,7 +142,8 @@ def test_it_draws_from_wieners_posterior(
     model, fields = network
     m, n = 8, 4
     _, y = fields.draw(m, torch.Generator().manual_seed(1))
-    samples = drawn(model, fields, y.repeat_interleave(n, 0), seed=2, sampler=sampler)
+    drawing = Drawing(sampler=sampler, crops_at_once=64)
+    samples = drawn(model, fields, y.repeat_interleave(n, 0), 2, drawing)
     (transfer, variance), (transfer_exact, exact) = (
         fields.compare(x.view(m, n, *x.shape[2:]), y) for x in samples
     )
@@ -168,7 +167,8 @@ def test_a_box_four_times_as_large_a_side_has_its_power() -> None:
     model = trained(GaussianFields(32, 2), 2250, 16, generator, crop)
     fields = GaussianFields(128, 2, scale=4)
     x, y = fields.draw(8, generator)
-    ours, theirs = drawn(model, fields, y, 3, crop=crop, overlap=12, sampler=Sampler(steps=30))
+    drawing = Drawing(sampler=Sampler(steps=30), crop=crop, overlap=12, crops_at_once=64)
+    ours, theirs = drawn(model, fields, y, 3, drawing)
     mean = fields.posterior_mean(y)
     power, exact, truth = (binned(fields, fields.modes(field).square()) for field in (ours, theirs, x))
     own, exact_own = (binned(fields, fields.modes(field - mean).square()) for field in (ours, theirs))

@@ -244,6 +244,10 @@ def test_random_numbers_of_voxels_are_uniform_and_independent() -> None:
 def test_what_a_model_lacks_is_told_before_work_starts(counts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="of which nothing can be drawn"):
         run(counts, tmp_path / "out", samples=1)
+    with pytest.raises(
+        ValueError, match=r"drawing is \{'crop': 8\}, but .*counts \(inception-regressor\) .*: leave it out"
+    ):
+        run(counts, tmp_path / "out", model="counts", samples=1, drawing={"crop": 8})
     attrs = SimulationAttrs(name="dark", box_size=25.0, redshift=0.0, suite="dark", split="test")
     create_store(tmp_path / "grids" / "grids.zarr", [attrs], [MATTER], N_MESH)
     with pytest.raises(StoreError, match="simulation dark: parameter 'A_SN1' is not there"):

@@ -679,8 +679,8 @@ class GridData:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
+    """The batch with its tensors on ``device``; seeds stay where they can be read without waiting for it."""
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != SEED else value
         for name, value in batch.items()
     }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from galdist.config import StrictModel
 from galdist.grids.store import Field
+from galdist.models.samplers import Drawing
 from hpc import ddp, rank
 from hpc.strict import did_you_mean
 
@@ -138,7 +139,7 @@ class GridObjective(Objective):
         self.alignment = max(self.alignment, part.alignment)
         self.reach = max(self.reach, part.reach)
 
-    def crops(self, n_mesh: int) -> int:
+    def crops(self, n_mesh: int, drawing: Drawing) -> int:
         """Crops in which a box of ``n_mesh`` cells a side is drawn jointly, all its voxels at once; 0 for
         families whose voxels are predicted each by itself, in any tiles.
 
@@ -147,7 +148,7 @@ class GridObjective(Objective):
         ValueError
             where the crops do not cover the box.
         """
-        del n_mesh
+        del n_mesh, drawing
         return 0
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
@@ -164,7 +165,7 @@ class GridObjective(Objective):
         raise NotImplementedError(f"{self.config.name} gives means, of which nothing can be drawn")
 
     def draw_boxes(
-        self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
+        self, batch: Batch, generator: torch.Generator, drawing: Drawing, group: ddp.Group | None = None
     ) -> Iterator[dict[str, Tensor] | float]:
         """Draw the fields named in `outputs` for whole boxes, where these are drawn jointly (`crops`).
 
@@ -174,6 +175,8 @@ class GridObjective(Objective):
             whole boxes, on the CPU, where all that is as large as they are stays.
         generator
             of all that is random, on the CPU. With one state it gives one draw.
+        drawing
+            the sampler, and the crops of the boxes.
         group
             ranks that share the work; all call it with the same arguments.
 

@@ -24,7 +24,7 @@ from galdist.grids.store import Field
 from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
 from galdist.models.layers import trim
 from galdist.models.noise import LinearConfig, NoiseSchedule, ScheduleConfig, signal_and_noise
-from galdist.models.samplers import Crops, Denoiser, Sampler, joint
+from galdist.models.samplers import Crops, Denoiser, Drawing, joint
 from galdist.models.unet import Features, UNet
 from galdist.models.voxels import InputConfig, VoxelRegressor
 from hpc import ddp
@@ -82,7 +82,9 @@ def bound(
     x, missed, noise = (trim(field, halo, spatial) for field in (x, missed, noise))
     # Where there is little noise, missed is it, and its square scatters about what is known.
     scatter = alpha.square() * (noise.square() - 1)
-    scatter[:, torch.tensor(in_steps or (False,) * x.shape[1])] = 0
+    for channel, stepped in enumerate(in_steps):
+        if stepped:
+            scatter[:, channel] = 0
     snr, speed = torch.exp(-gamma).view(-1, *ones), (span * slope).view(-1, *ones)
     diffusion = 0.5 * speed * (snr * missed.square() - scatter)
     if s.requires_grad:
@@ -194,14 +196,6 @@ class DiffusionConfig(ModelConfig):
     attention: NonNegativeInt = 1
     """Cells of the coarsest level to each side that a cell attends to."""
     schedule: ScheduleConfig = LinearConfig()
-    sampler: Sampler = Sampler()
-    crop: PositiveInt | None = None
-    """Side of the crops in which a larger box is drawn [cells], as a rule that of training; by default a box
-    is one."""
-    overlap: NonNegativeInt = 0
-    """Cells that neighboring crops share."""
-    crops_at_once: PositiveInt = 4
-    """Crops that go through the network together when a box is drawn."""
 
     @model_validator(mode="after")
     def _fields_can_be_learned(self) -> "DiffusionConfig":
@@ -277,7 +271,7 @@ class VariationalDiffusion(GridObjective):
     def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         first = batch[self.fields[0]]
         # The same noise and times for every tile and epoch.
-        seeds = torch.arange(len(first), device=first.device)
+        seeds = torch.arange(len(first))
         sums = dict.fromkeys(TERMS, torch.zeros((), dtype=torch.float64, device=first.device))
         dimensions = 0
         for n in range(_TIMES):
@@ -292,24 +286,23 @@ class VariationalDiffusion(GridObjective):
         terms = {name: sums[name].item() / sums["dimensions"].item() for name in TERMS}
         return {"loss": sum(terms.values()), **terms}
 
-    def crops(self, n_mesh: int) -> int:
-        return len(self._crops(n_mesh))
+    def crops(self, n_mesh: int, drawing: Drawing) -> int:
+        return len(self._crops(n_mesh, drawing))
 
-    def _crops(self, n_mesh: int) -> Crops:
-        config = self.config
-        return Crops(n_mesh, config.spatial, config.crop or n_mesh, config.overlap, self.alignment)
+    def _crops(self, n_mesh: int, drawing: Drawing) -> Crops:
+        return Crops(n_mesh, self.config.spatial, drawing.crop or n_mesh, drawing.overlap, self.alignment)
 
     def sample(
-        self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
+        self, batch: Batch, generator: torch.Generator, drawing: Drawing, group: ddp.Group | None = None
     ) -> dict[str, Tensor]:
         """What `draw_boxes` gives last."""
-        *_, fields = self.draw_boxes(batch, generator, group)
+        *_, fields = self.draw_boxes(batch, generator, drawing, group)
         assert isinstance(fields, dict)
         return fields
 
     @torch.no_grad()
     def draw_boxes(
-        self, batch: Batch, generator: torch.Generator, group: ddp.Group | None = None
+        self, batch: Batch, generator: torch.Generator, drawing: Drawing, group: ddp.Group | None = None
     ) -> Iterator[dict[str, Tensor] | float]:
         config = self.config
         if not batch["periodic"]:
@@ -326,21 +319,21 @@ class VariationalDiffusion(GridObjective):
         condition = self._split(condition)
         if parameters is not None:
             parameters = parameters.repeat_interleave(len(noise) // n_boxes, 0)
-        crops = self._crops(n_mesh)
+        crops, at_once = self._crops(n_mesh, drawing), drawing.crops_at_once
         if self.counts is not None:
-            condition = torch.cat([condition, self._chances_of_boxes(batch, crops, group)], 1)
+            condition = torch.cat([condition, self._chances_of_boxes(batch, crops, at_once, group)], 1)
 
         def denoise(z: Tensor, gamma: Tensor, given: Tensor, boxes: Tensor) -> Tensor:
             known = None if parameters is None else parameters[boxes].to(device)
             chances = None if self.counts is None else given[:, n_seen:]
             return self._denoise(z, gamma, given[:, :n_seen], known, crops.whole, chances=chances)
 
-        denoiser = joint(denoise, condition, crops, config.crops_at_once, device, group)
-        schedule = copy.deepcopy(self.schedule).cpu()
-        for step, x in enumerate(config.sampler.path(denoiser, schedule, noise, generator)):
+        denoiser = joint(denoise, condition, crops, at_once, device, group)
+        schedule, sampler = copy.deepcopy(self.schedule).cpu(), drawing.sampler
+        for step, x in enumerate(sampler.path(denoiser, schedule, noise, generator)):
             drawn = x
-            if step < config.sampler.steps:
-                yield (step + 1) / config.sampler.steps
+            if step < sampler.steps:
+                yield (step + 1) / sampler.steps
         if config.spatial == 2:
             drawn = drawn.unflatten(0, (n_boxes, -1)).movedim(1, 2)
         fields = {}
@@ -362,6 +355,7 @@ class VariationalDiffusion(GridObjective):
         x, nats, noise, condition = (self._split(field, halo) for field in (x, nats, noise, condition))
         n_planes = len(x) // len(t)
         t = ((t[:, None] + torch.arange(n_planes, device=t.device) / n_planes) % 1).flatten()
+        t = t.to(x.device, non_blocking=True)
         known = None
         if parameters is not None:
             parameters = parameters.repeat_interleave(n_planes, 0)
@@ -466,7 +460,9 @@ class VariationalDiffusion(GridObjective):
         with torch.no_grad():
             return self.counts.log_chances({**batch, "halo": 0}, self.most)
 
-    def _chances_of_boxes(self, batch: Batch, crops: Crops, group: ddp.Group | None) -> Tensor:
+    def _chances_of_boxes(
+        self, batch: Batch, crops: Crops, at_once: int, group: ddp.Group | None = None
+    ) -> Tensor:
         """The same of whole boxes, from their crops."""
         counts = self.counts
         assert counts is not None
@@ -482,7 +478,7 @@ class VariationalDiffusion(GridObjective):
                 some[PARAMETERS] = parameters[boxes].to(device)
             return counts.log_chances(some, self.most)
 
-        whole = joint(chances, torch.cat(fields, 1), crops, self.config.crops_at_once, device, group)
+        whole = joint(chances, torch.cat(fields, 1), crops, at_once, device, group)
         nothing = fields[0].new_zeros((len(fields[0]), self.most + 1, *fields[0].shape[2:]))
         return whole(nothing, nothing.new_zeros(len(nothing)))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from galdist.config import StrictModel
@@ -94,6 +94,19 @@ class Sampler(StrictModel):
                 new = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
                 z.add_(new, alpha=float(sigma_next * fresh.sqrt()))
         yield z / signal_and_noise(levels[-1])[0]
+
+
+class Drawing(StrictModel):
+    """How boxes are drawn jointly: settings that a trained model leaves open."""
+
+    sampler: Sampler = Sampler()
+    crop: PositiveInt | None = None
+    """Side of the crops in which a larger box is drawn [cells], as a rule that of training; by default a box
+    is one."""
+    overlap: NonNegativeInt = 0
+    """Cells that neighboring crops share."""
+    crops_at_once: PositiveInt = 4
+    """Crops that go through the network together."""
 
 
 class Crops:

@@ -26,6 +26,7 @@ from galdist.data.datasets import Box, Tile, find_boxes, read_parameters, tiles,
 from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_store, open_store
 from galdist.grids.store import Field as GridField
 from galdist.models import GridObjective
+from galdist.models.samplers import Drawing
 from galdist.statistics.metrics import metric_row, over_domains, save_metrics
 from galdist.training.checkpoint import describe_model, load_model
 from hpc import ddp, durable, progress
@@ -53,6 +54,8 @@ class PredictConfig(StrictModel):
     models that have a distribution of them. Of models that give no mean, `galaxy_counts` is a draw too."""
     seed: NonNegativeInt = 0
     """Of the draws. They depend on it and the simulation, not on tiles or ranks."""
+    drawing: Drawing = Drawing()
+    """How models that draw whole boxes (vdm) draw them."""
 
 
 def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
@@ -75,7 +78,8 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     ValueError
         where there is nothing to predict, the grids lack what the model reads, their cells differ by more
         than 5% from those that the model learned from, fields were made with another assignment scheme, tiles
-        or crops do not fit the mesh, or samples are asked of a model that gives means.
+        or crops do not fit the mesh, samples are asked of a model that gives means, or a drawing of one that
+        draws no whole boxes.
     hpc.ddp.Stopped
         where a signal asked to stop, before the next tile or step of a draw; slabs and draws that are done
         stay.
@@ -98,7 +102,13 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
         _check_alike(boxes, trained, inputs["model"][0], group.is_main)
         halo = objective.reach if config.halo is None else config.halo
         slabs = _slabs(tiles(n_mesh, config.tile, halo, objective.alignment))
-        n_crops = objective.crops(n_mesh)
+        n_crops = objective.crops(n_mesh, config.drawing)
+        if not n_crops and config.drawing != Drawing():
+            given = config.drawing.model_dump(mode="json", exclude_defaults=True)
+            raise ValueError(
+                f"drawing is {given}, but {inputs['model'][0]} ({objective.config.name}) predicts each voxel "
+                "by itself and draws no whole boxes: leave it out"
+            )
         # A slab is a layer of whole chunks.
         thickness = _chunk(n_mesh) if n_crops else slabs[0][0].shape[0]
         if n_mesh % thickness:
@@ -201,12 +211,12 @@ class _Prediction:
         )
         seed = np.random.SeedSequence([self.config.seed, *box.name.encode(), number])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        drawing = self.objective.draw_boxes(batch, generator, group)
+        steps = self.objective.draw_boxes(batch, generator, self.config.drawing, group)
         made: dict[str, Tensor] | float = 0.0
         while isinstance(made, float):
             yield made
             with self._autocast():
-                made = next(drawing)
+                made = next(steps)
         if group is not None and not group.is_main:
             return
         with durable.room_for(f"draw {number} of {box.name}", self.store.path):

@@ -1,6 +1,5 @@
 """Any number of ranks trains a diffusion model alike, and draws the same boxes, jointly or side by side."""
 
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -31,9 +29,6 @@ MODEL: dict[str, Any] = {
     "unknown": 0.5,
     "channels": [2, 3],
     "schedule": {"kind": "monotone", "hidden": 8},
-    "sampler": {"kind": "ancestral", "steps": 3},
-    "crop": 8,
-    "overlap": 4,
 }
 CONFIG: dict[str, Any] = {
     "model": MODEL,
@@ -44,7 +39,12 @@ CONFIG: dict[str, Any] = {
     "ema_decay": 0.9,
     "seed": 3,
 }
-SETTINGS = {"samples": 1, "seed": 5, "halo": 2, "tile": 8}
+SAMPLER = {"kind": "ancestral", "steps": 3}
+SETTINGS: dict[str, dict[str, Any]] = {
+    how: {"samples": 1, "seed": 5, "halo": 2, "tile": 8, "drawing": {"sampler": SAMPLER} | crops}
+    for how, crops in (("crops", {"crop": 8, "overlap": 4}), ("whole", {}))
+}
+"""Of boxes that are drawn in crops, and as one."""
 
 
 def ran(
@@ -72,24 +72,12 @@ def alone(grids: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights, to draw a box in crops and as one."""
-    whole = tmp_path_factory.mktemp("diffusion") / "whole"
-    shutil.copytree(alone / "model", whole / "model")
-    path = whole / "model" / "model.yaml"
-    description = yaml.safe_load(path.read_text())
-    description["model"]["crop"] = None
-    path.write_text(yaml.safe_dump(description))
-    return {"crops": alone, "whole": whole}
-
-
-@pytest.fixture(scope="module")
-def drawn(grids: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def drawn(grids: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What one rank draws."""
     folder = tmp_path_factory.mktemp("diffusion")
     return {
-        name: ran("predict", SETTINGS, {"grids": [grids], "model": [model]}, folder / name, 1)
-        for name, model in models.items()
+        how: ran("predict", settings, {"grids": [grids], "model": [alone]}, folder / how, 1)
+        for how, settings in SETTINGS.items()
     }
 
 
@@ -137,27 +125,27 @@ def same(one: Path, other: Path, how: str) -> None:
 @pytest.mark.parametrize("n_ranks", [2, 4])
 @pytest.mark.parametrize("how", ["crops", "whole"])
 def test_ranks_draw_as_one_does(
-    grids: Path, models: dict[str, Path], drawn: dict[str, Path], tmp_path: Path, how: str, n_ranks: int
+    grids: Path, alone: Path, drawn: dict[str, Path], tmp_path: Path, how: str, n_ranks: int
 ) -> None:
-    inputs = {"grids": [grids], "model": [models[how]]}
-    same(ran("predict", SETTINGS, inputs, tmp_path / "out", n_ranks), drawn[how], how)
+    inputs = {"grids": [grids], "model": [alone]}
+    same(ran("predict", SETTINGS[how], inputs, tmp_path / "out", n_ranks), drawn[how], how)
 
 
 @pytest.mark.parametrize("how", ["crops", "whole"])
 def test_killed_ranks_keep_what_is_drawn(
-    grids: Path, models: dict[str, Path], drawn: dict[str, Path], tmp_path: Path, how: str
+    grids: Path, alone: Path, drawn: dict[str, Path], tmp_path: Path, how: str
 ) -> None:
     """Two ranks, one of which is killed when a draw is there; one rank goes on, two finish."""
-    inputs, out = {"grids": [grids], "model": [models[how]]}, tmp_path / "out"
+    inputs, out = {"grids": [grids], "model": [alone]}, tmp_path / "out"
     made: dict[str, int] = {}
     for n_ranks, signum, number in ((2, signal.SIGKILL, 1), (1, signal.SIGTERM, 3)):
         at = Moment(signum, "parts/*.drawn", number, rank=0)
-        ran("predict", SETTINGS, inputs, out, n_ranks, at)
+        ran("predict", SETTINGS[how], inputs, out, n_ranks, at)
         now = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.drawn")}
         assert number <= len(now) < 4
         assert now.items() >= made.items()
         made = now
-    ran("predict", SETTINGS, inputs, out, 2)
+    ran("predict", SETTINGS[how], inputs, out, 2)
     now = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.drawn")}
     assert len(now) == 4
     assert now.items() >= made.items()
