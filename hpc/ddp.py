@@ -74,11 +74,10 @@ class Group:
         """
         if self.world_size == 1:
             return module
-        on_gpu = self.device.type == "cuda"
         with self._telling("sharing the first weights"):
-            wrapped = nn.parallel.DistributedDataParallel(
-                module, device_ids=[self.device] if on_gpu else None, gradient_as_bucket_view=True
-            )
+            # Without device_ids it leaves batches where they are: what belongs on the GPU is there, and what
+            # the host reads is not.
+            wrapped = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
         # As an argument it would also keep buffers from being sent once, now.
         wrapped.broadcast_buffers = False
         return wrapped

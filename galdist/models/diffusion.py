@@ -265,7 +265,8 @@ class VariationalDiffusion(GridObjective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         seeds = batch[SEED]
-        means = {name: term.mean() for name, term in self._terms(batch, seeds, _evenly(seeds)).items()}
+        terms = self._terms(batch, self._chances(batch), seeds, _evenly(seeds))
+        means = {name: term.mean() for name, term in terms.items()}
         return {"loss": torch.stack(list(means.values())).sum(), **means}
 
     def evaluate(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -274,9 +275,10 @@ class VariationalDiffusion(GridObjective):
         seeds = torch.arange(len(first))
         sums = dict.fromkeys(TERMS, torch.zeros((), dtype=torch.float64, device=first.device))
         dimensions = 0
+        chances = self._chances(batch)
         for n in range(_TIMES):
             t = (_evenly(seeds) + n) / _TIMES
-            for name, term in self._terms(batch, seeds + n * len(seeds), t).items():
+            for name, term in self._terms(batch, chances, seeds + n * len(seeds), t).items():
                 sums[name] = sums[name] + term.sum(dtype=torch.float64)
                 dimensions = term.numel()
         means = {name: total / _TIMES for name, total in sums.items()}
@@ -346,10 +348,10 @@ class VariationalDiffusion(GridObjective):
             fields[entry.field] = field
         yield fields
 
-    def _terms(self, batch: Batch, seeds: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """The bound's terms [bits] of every dimension, looked at in times ``t`` (b,)."""
+    def _terms(self, batch: Batch, chances: Tensor | None, seeds: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """The bound's terms [bits] of every dimension, looked at in times ``t`` (b,), given `_chances`."""
         condition, parameters = self._condition(batch, self.of_inputs), self._own_parameters(batch)
-        chances, halo = self._chances(batch), batch["halo"]
+        halo = batch["halo"]
         noise, hidden = self._draws(seeds, condition)
         x, nats = self._normalized(batch, noise)
         x, nats, noise, condition = (self._split(field, halo) for field in (x, nats, noise, condition))
