@@ -75,7 +75,7 @@ def bound_and_error(model: VariationalDiffusion, data: dict[str, Any]) -> tuple[
     model.eval()
     with torch.no_grad():
         t = _evenly(data["seed"])
-        terms = model._terms(data, None, data["seed"], t)
+        terms = model._terms(data, model._chances(data), data["seed"], t)
     each = torch.stack(list(terms.values())).sum(0).flatten(1).mean(1)
     # Neighbors in time, which have the same mean, say how much a sample scatters.
     scatter = each.double()[t.argsort()].diff().square().mean() / 2
