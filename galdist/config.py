@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -57,11 +57,11 @@ class ExternalPath(PosixPath):
 
 @runtime_checkable
 class ChecksInputs(Protocol):
-    """A stage's configuration that decides which of the stage's roles a step must have."""
+    """A stage's configuration that decides which of the stage's roles a step must have, and with what."""
 
-    def check_inputs(self, inputs: Mapping[str, Sequence[str]]) -> None:
-        """Raise ValueError where a step with this configuration cannot read ``inputs``, role -> names of
-        steps."""
+    def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
+        """Raise ValueError where a step with this configuration cannot read ``inputs``: role -> name of the
+        step -> its configuration, None where that has mistakes of its own."""
 
 
 def external_paths(value: Any) -> Iterator[ExternalPath]:
@@ -314,6 +314,7 @@ def _check(document: strict.Document, stages: Mapping[str, Stage]) -> Run:
     known |= {name for entry in declared for name in entry.names}
     steps: list[Step] = []
     configs: dict[str, StrictModel] = {}
+    places: dict[str, Location] = {}
     for entry in declared:
         stage = stages.get(entry.step.stage)
         if stage is None:
@@ -331,8 +332,14 @@ def _check(document: strict.Document, stages: Mapping[str, Stage]) -> Run:
             problems += wrong
             if config is not None:
                 configs[step.name] = config
-                problems += _check_choice(entry, step, config)
+                places[step.name] = entry.at
         problems += _check_inputs(entry, made[:1], stage, by_name, known)
+    problems += [
+        problem
+        for step in steps
+        if step.name in configs
+        for problem in _check_choice(step, places[step.name], configs)
+    ]
     order, cyclic = _order(steps)
     problems += cyclic
     if problems or file is None:
@@ -503,13 +510,16 @@ def _check_inputs(
     return problems
 
 
-def _check_choice(entry: _Declared, step: Step, config: StrictModel) -> list[Problem]:
+def _check_choice(step: Step, at: Location, configs: Mapping[str, StrictModel]) -> list[Problem]:
     """What a configuration has against the inputs of its step."""
+    config = configs[step.name]
     if isinstance(config, ChecksInputs):
         try:
-            config.check_inputs(step.inputs)
+            config.check_inputs(
+                {role: {name: configs.get(name) for name in names} for role, names in step.inputs.items()}
+            )
         except ValueError as error:
-            return [Problem((*entry.at, "inputs"), str(error))]
+            return [Problem((*at, "inputs"), str(error))]
     return []
 
 

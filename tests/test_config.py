@@ -1,6 +1,7 @@
 """Run files: every mistake is found before work starts, and told so that it can be mended."""
 
 import os
+import re
 import textwrap
 from pathlib import Path
 from typing import Annotated, Literal
@@ -427,6 +428,90 @@ steps:
     inputs: {sources: "*"}
 """
 SUFFIXES = [f"-seed{seed}-n_pieces{number}" for seed in (1, 2) for number in (2, 3)]
+
+
+HALOS = """\
+name: study
+steps:
+  - name: learned  # before the table in the file
+    stage: train
+    inputs: {catalogs: halos}
+    sweep: {seed: [1, 2]}
+    config:
+      epochs: 1
+      model: {name: sqr, inputs: [log_halo_mass, Omega_m, A_SN1, n_gal], targets: [log_stellar_mass]}
+  - name: balanced
+    stage: smogn
+    inputs: {catalogs: halos}
+    config: {inputs: [log_halo_mass], targets: [log_stellar_mass, metals]}
+  - name: learned-balanced
+    stage: train
+    inputs: {catalogs: balanced}
+    config: {epochs: 1, model: {name: sqr, inputs: [log_halo_mass], targets: [metals]}}
+  - name: forest
+    stage: baseline
+    inputs: {catalogs: halos}
+    config: {method: random-forest, inputs: [log_halo_mass, overdensity], targets: [metals]}
+  - name: matched
+    stage: baseline
+    inputs: {catalogs: halos}
+    config: {method: abundance-matching, targets: [log_stellar_mass]}
+  - name: halos
+    stage: centrals
+    config:
+      tables:
+        - simulation: Box
+          file: halos.parquet
+          box_size: 50
+          simulation_column: sim
+          parameters: {file: parameters.csv, column: sim, astrophysics: [n_gal]}
+          position: [x, y, z]
+          overdensity: {}
+          columns: {log_halo_mass: M, log_stellar_mass: mstar, metals: {column: Z, units: dex}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wrong"),
+    [
+        ("n_gal], targets: [", "n_gal], targets: [log_metals, ", ["learned"]),
+        ("Omega_m", "omega_m", ["learned"]),
+        ("n_gal]}", "n_galaxies]}", ["learned"]),
+        ("metals]}\n", "metal]}\n", ["balanced"]),
+        ("overdensity], t", "environment], t", ["forest"]),
+        ("overdensity: {}", "filter: {}", ["forest"]),
+        ("log_stellar_mass: m", "log_stelar_mass: m", ["learned", "balanced", "matched"]),
+        ("M, log_stellar_mass", "M, halo_mass", ["learned", "balanced", "matched"]),
+        ("box_size: 50", "box_size: wide", []),  # nothing is said of tables that nobody knows
+    ],
+)
+def test_columns_are_looked_for_before_there_are_tables(
+    old: str, new: str, wrong: list[str], tmp_path: Path
+) -> None:
+    load(write(tmp_path, HALOS), (), config.STAGES)
+    with pytest.raises(SettingsError) as caught:
+        load(write(tmp_path, HALOS.replace(old, new, 1)), (), config.STAGES)
+    lines = [line for line in str(caught.value).splitlines() if "step halos: column" in line]
+    said = r"steps\.(\w+)\.inputs: step halos: column '\w+' is not there.* It has: "
+    assert [re.search(said, line)[1] for line in lines] == wrong
+
+
+def test_columns_of_group_catalogs_are_looked_for_before_there_are_any(tmp_path: Path) -> None:
+    text = """\
+name: study
+steps:
+  - {name: groups, stage: catalog, config: {path: CAMELS}}
+  - {name: halos, stage: centrals, inputs: {catalogs: groups}}
+  - name: learned
+    stage: train
+    inputs: {catalogs: halos}
+    config: {epochs: 1, model: {name: sqr, inputs: [log_halo_mass, spin, sigma_8, A_AGN2]}}
+"""
+    load(write(tmp_path, text), (), config.STAGES)
+    with pytest.raises(SettingsError, match=r"column 'formation_redshift' is not there"):
+        load(write(tmp_path, text.replace("spin", "formation_redshift")), (), config.STAGES)
+    trees = "halos.halos.trees={path: trees, snapshot: 99, redshifts: z.txt}"
+    load(write(tmp_path, text.replace("spin", "formation_redshift")), (trees,), config.STAGES)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,14 @@ from pydantic import NonNegativeFloat, model_validator
 
 from galdist.catalogs.catalog import CatalogStore, CatalogWriter, open_catalog
 from galdist.catalogs.columns import (
+    QUANTITIES,
     ColumnName,
     Columns,
     ColumnSource,
     Rows,
     TableSource,
     check_columns,
+    may_be_parameter,
     read_table,
 )
 from galdist.catalogs.structure import HalosConfig, read_catalog
@@ -107,6 +109,14 @@ class CentralsConfig(StrictModel):
     )
     seed: int = 0
     """Of the split and of the null rates."""
+
+    def require(self, columns: Sequence[str], step: str) -> None:
+        """Raise ValueError for a column that ``step``, with this configuration, is sure not to leave."""
+        halos = [name for name in QUANTITIES if self.halos.trees or name != "formation_redshift"]
+        for known in [source.names for source in self.tables] or [halos]:
+            for column in columns:
+                if column not in known and not may_be_parameter(column):
+                    raise ValueError(unknown_name(f"step {step}: column", column, known))
 
 
 @dataclass(frozen=True)
@@ -336,6 +346,21 @@ def _members(
     order = _generator(seed, "", "split").permutation(len(names))
     free = [names[i] for i in order if splits[names[i]] == "train"]
     return free[: round(wanted * len(names))]
+
+
+def require_columns(columns: Sequence[str], steps: Mapping[str, StrictModel | None]) -> None:
+    """Refuse columns before there are tables: ``steps`` that will make them, name -> configuration.
+
+    What other stages than ``centrals`` leave is not known before they run.
+
+    Raises
+    ------
+    ValueError
+        for a column that one of them will lack; the message names the nearest.
+    """
+    for step, config in steps.items():
+        if isinstance(config, CentralsConfig):
+            config.require(columns, step)
 
 
 def read_centrals(steps: Sequence[Path], columns: Sequence[str], split: Split | None) -> Centrals:

@@ -51,6 +51,12 @@ _COSMOLOGY = ("Omega_m", "Omega_b", "h", "n_s", "sigma_8")
 _MANY = 100  # rows that are all over a box
 _SHOWN = 5  # rows that an error names
 
+
+def may_be_parameter(name: str) -> bool:
+    """Whether simulations may have a parameter of this name: which they have only files tell."""
+    return name in _COSMOLOGY or name.startswith("A_")
+
+
 ColumnName = Annotated[str, Constraint(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 
 
@@ -301,6 +307,13 @@ class TableSource(StrictModel):
                 "astrophysics of this one"
             )
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns that models may learn from, and of the parameters that are told here."""
+        computed = [] if self.overdensity is None else ["overdensity"]
+        told = (self.parameters and self.parameters.astrophysics) or ()
+        return [*self.columns, *computed, *self.cosmology, *self.astrophysics, *told]
 
     @property
     def units(self) -> dict[str, str]:

@@ -19,7 +19,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.spatial import cKDTree
 
 from galdist.catalogs.catalog import CatalogWriter, open_catalog
-from galdist.catalogs.centrals import SPLITS, TABLE, read_centrals
+from galdist.catalogs.centrals import SPLITS, TABLE, read_centrals, require_columns
 from galdist.catalogs.columns import ColumnName
 from galdist.config import StrictModel
 from galdist.simulations.simulation import SimulationError
@@ -58,6 +58,10 @@ class SmognConfig(StrictModel):
             if len(given) < 2 or any(a[0] >= b[0] for a, b in pairwise(given)):
                 raise ValueError(f"{name}: give two points at least, at increasing values; got {given}")
         return points
+
+    def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
+        """See `galdist.config.ChecksInputs`."""
+        require_columns((*self.inputs, *self.targets), inputs.get("catalogs", {}))
 
 
 def smogn(config: SmognConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:

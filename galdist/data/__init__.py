@@ -1,7 +1,7 @@
 """What training data are to the loop, whatever they are made of: `galdist.data.datasets` for boxes,
 `galdist.data.tables` for rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ def share(batch_size: int, parts: int, world_size: int) -> int:
     return batch_size // (parts * world_size)
 
 
-def check_role(role: str, inputs: Mapping[str, Sequence[str]], model: str) -> None:
+def check_role(role: str, inputs: Mapping[str, Collection[str]], model: str) -> None:
     """Refuse names of steps, by role, that are not what a model learns from.
 
     Raises

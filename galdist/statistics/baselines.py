@@ -15,7 +15,7 @@ from pydantic import Field as Constraint
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
-from galdist.catalogs.centrals import Centrals, read_centrals
+from galdist.catalogs.centrals import Centrals, read_centrals, require_columns
 from galdist.config import StrictModel
 from galdist.grids.store import unknown_name
 from galdist.models.tables import TableConfig
@@ -120,6 +120,17 @@ class BaselineConfig(SampleConfig):
                         )
         return self
 
+    @property
+    def columns(self) -> list[str]:
+        """What it reads of the training rows."""
+        if isinstance(self.method, MatchingConfig):
+            return list(dict.fromkeys([*_matched_by(self.targets), "log_stellar_mass", *self.targets]))
+        return [*self.inputs, *self.targets]
+
+    def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
+        """See `galdist.config.ChecksInputs`."""
+        require_columns(self.columns, inputs.get("catalogs", {}))
+
 
 MATCHED: dict[str, tuple[str, int]] = {
     "log_stellar_mass": ("log_halo_mass", 1),
@@ -172,11 +183,7 @@ def fit(config: BaselineConfig, catalogs: Sequence[Path]) -> "Baseline":
     ValueError, galdist.grids.store.StoreError
         as in `baseline`.
     """
-    read = [*config.inputs, *config.targets]
-    if isinstance(config.method, MatchingConfig):
-        needed = [*_matched_by(config.targets), "log_stellar_mass", *config.targets]
-        read = list(dict.fromkeys(needed))
-    rows = read_centrals(catalogs, read, "train")
+    rows = read_centrals(catalogs, config.columns, "train")
     if len(rows) < 2:
         where = ", ".join(str(step / "catalog.zarr") for step in catalogs)
         raise ValueError(f"{where}: {len(rows)} training rows; at least 2 were expected")

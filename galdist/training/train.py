@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,11 +30,13 @@ from pydantic import Field as Constraint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from galdist.catalogs.centrals import require_columns
 from galdist.config import StrictModel
 from galdist.data import ROLES, Batch, TrainingData, check_role
 from galdist.data.datasets import CropsConfig, to_device
 from galdist.data.tables import RowsConfig
 from galdist.models import AnyModelConfig, Objective, build
+from galdist.models.tables import TableConfig
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import (
     CheckpointError,
@@ -184,9 +186,11 @@ class TrainConfig(StrictModel):
             )
         return self
 
-    def check_inputs(self, inputs: Mapping[str, Sequence[str]]) -> None:
-        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs."""
+    def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
+        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs, and its columns."""
         check_role(ROLES[self.data.kind], inputs, self.model.name)
+        if isinstance(self.model, TableConfig):
+            require_columns((*self.model.inputs, *self.model.targets), inputs["catalogs"])
 
 
 @dataclass
