@@ -27,7 +27,7 @@ from galdist.training.train import (
     _DeviceClock,
     train,
 )
-from hpc import ddp, durable
+from hpc import ddp, durable, strict
 
 
 @pytest.fixture(scope="module")
@@ -424,3 +424,13 @@ def test_two_ranks_compile_what_one_does(grids: Path, tmp_path: Path) -> None:
         ranks.succeed()
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, plain[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("data", [{}, {"data": {"crop": 16}}])
+def test_what_is_wrong_with_a_model_is_said_alone(data: dict[str, Any]) -> None:
+    """What the data are of only the model would say."""
+    config = {"model": {"name": "vdm", "unknwon": 0.1}, "epochs": 1, **data}
+    _, problems = strict.validate(TrainConfig, config)
+    assert [(problem.location, problem.message) for problem in problems] == [
+        (("model", "unknwon"), "unknown key; did you mean unknown?")
+    ]

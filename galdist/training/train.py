@@ -17,16 +17,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field as Constraint
 from pydantic import (
-    BeforeValidator,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
-from pydantic import Field as Constraint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -115,16 +116,16 @@ class CosineSchedule(StrictModel):
 Schedule = Annotated[ConstantSchedule | HalvingSchedule | CosineSchedule, Constraint(discriminator="kind")]
 
 
-def _kind(value: Any, info: ValidationInfo) -> Any:
+def _kind(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
     """Settings of the data that say of which kind they are: where they do not, the model does."""
-    if isinstance(value, Mapping) and "kind" not in value and "model" in info.data:
-        return {"kind": info.data["model"].learns_from, **value}
-    return value
+    if isinstance(value, Mapping) and "kind" not in value:
+        if "model" not in info.data:  # which has a problem of its own
+            return value
+        value = {"kind": info.data["model"].learns_from, **value}
+    return handler(value)
 
 
-Data = Annotated[
-    Annotated[CropsConfig | RowsConfig, Constraint(discriminator="kind")], BeforeValidator(_kind)
-]
+Data = Annotated[Annotated[CropsConfig | RowsConfig, Constraint(discriminator="kind")], WrapValidator(_kind)]
 
 
 class TrainConfig(StrictModel):
