@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -62,6 +62,28 @@ class ChecksInputs(Protocol):
     def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
         """Raise ValueError where a step with this configuration cannot read ``inputs``: role -> name of the
         step -> its configuration, None where that has mistakes of its own."""
+
+
+@runtime_checkable
+class Leaves(Protocol):
+    """A stage's configuration that tells which columns or fields its step leaves."""
+
+    def require(self, names: Sequence[str], step: str) -> None:
+        """Raise ValueError for one that ``step``, with this configuration, is sure not to leave."""
+
+
+def require(names: Sequence[str], steps: Mapping[str, StrictModel | None]) -> None:
+    """Refuse columns or fields before they are made, by what is known of the ``steps`` that will make them,
+    name -> configuration. What they leave is not known of all stages before they run.
+
+    Raises
+    ------
+    ValueError
+        for a name that one of them will lack; the message has the nearest.
+    """
+    for step, config in steps.items():
+        if isinstance(config, Leaves):
+            config.require(names, step)
 
 
 def external_paths(value: Any) -> Iterator[ExternalPath]:

@@ -515,6 +515,27 @@ steps:
 
 
 @pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("{name: r2unet-classifier, inputs: [{field: matter_mass}]}", "'matter_mass'"),
+        ("{name: inception-classifier, target: galaxy_count}", "'galaxy_count' is not there; did you mean"),
+        ("{name: vdm, targets: [{field: stellar_mass}]}", "'stellar_mass'"),
+        ("{name: necola}", "'displacement'"),
+    ],
+)
+def test_fields_are_looked_for_before_there_are_grids(model: str, said: str, tmp_path: Path) -> None:
+    text = """\
+name: study
+steps:
+  - {name: grids, stage: ingest, config: {path: CAMELS}}
+  - {name: learned, stage: train, inputs: {grids: grids}, config: {epochs: 1, model: MODEL}}
+"""
+    load(write(tmp_path, text.replace("MODEL", "{name: vdm}")), (), config.STAGES)
+    with pytest.raises(SettingsError, match=f"steps.learned.inputs: step grids: field {said}"):
+        load(write(tmp_path, text.replace("MODEL", model)), (), config.STAGES)
+
+
+@pytest.mark.parametrize(
     ("model", "inputs", "said"),
     [
         (

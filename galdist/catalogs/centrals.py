@@ -111,7 +111,7 @@ class CentralsConfig(StrictModel):
     """Of the split and of the null rates."""
 
     def require(self, columns: Sequence[str], step: str) -> None:
-        """Raise ValueError for a column that ``step``, with this configuration, is sure not to leave."""
+        """See `galdist.config.Leaves`. What it is not told, the files may tell: parameters by their names."""
         halos = [name for name in QUANTITIES if self.halos.trees or name != "formation_redshift"]
         for known in [source.names for source in self.tables] or [halos]:
             for column in columns:
@@ -346,21 +346,6 @@ def _members(
     order = _generator(seed, "", "split").permutation(len(names))
     free = [names[i] for i in order if splits[names[i]] == "train"]
     return free[: round(wanted * len(names))]
-
-
-def require_columns(columns: Sequence[str], steps: Mapping[str, StrictModel | None]) -> None:
-    """Refuse columns before there are tables: ``steps`` that will make them, name -> configuration.
-
-    What other stages than ``centrals`` leave is not known before they run.
-
-    Raises
-    ------
-    ValueError
-        for a column that one of them will lack; the message names the nearest.
-    """
-    for step, config in steps.items():
-        if isinstance(config, CentralsConfig):
-            config.require(columns, step)
 
 
 def read_centrals(steps: Sequence[Path], columns: Sequence[str], split: Split | None) -> Centrals:

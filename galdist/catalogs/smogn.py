@@ -19,9 +19,9 @@ from scipy.interpolate import PchipInterpolator
 from scipy.spatial import cKDTree
 
 from galdist.catalogs.catalog import CatalogWriter, open_catalog
-from galdist.catalogs.centrals import SPLITS, TABLE, read_centrals, require_columns
+from galdist.catalogs.centrals import SPLITS, TABLE, read_centrals
 from galdist.catalogs.columns import ColumnName
-from galdist.config import StrictModel
+from galdist.config import StrictModel, require
 from galdist.simulations.simulation import SimulationError
 from hpc import progress
 
@@ -61,7 +61,7 @@ class SmognConfig(StrictModel):
 
     def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
         """See `galdist.config.ChecksInputs`."""
-        require_columns((*self.inputs, *self.targets), inputs.get("catalogs", {}))
+        require((*self.inputs, *self.targets), inputs.get("catalogs", {}))
 
 
 def smogn(config: SmognConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:

@@ -19,7 +19,7 @@ are not.
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -44,6 +44,7 @@ from galdist.grids.store import (
     StoreError,
     create_store,
     open_store,
+    unknown_name,
 )
 from galdist.simulations.lattice import Lattice, find_lattice
 from galdist.simulations.simulation import (
@@ -156,6 +157,13 @@ class IngestConfig(SelectionConfig):
             raise ValueError(f"fields: each may stand once, got {', '.join(names)}")
         self.chunking.edge(self.n_mesh)
         return self
+
+    def require(self, names: Sequence[str], step: str) -> None:
+        """See `galdist.config.Leaves`."""
+        known = [field.name for field in self.fields]
+        for name in names:
+            if name not in known:
+                raise ValueError(unknown_name(f"step {step}: field", name, known))
 
 
 @dataclass(frozen=True)

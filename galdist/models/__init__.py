@@ -50,6 +50,11 @@ class ModelConfig(StrictModel):
 
     name: str
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of boxes, or columns of tables, that it is trained on, those of models it holds left out."""
+        return ()
+
 
 class Objective(nn.Module, abc.ABC):
     """A model with what it is trained for; a `GridObjective` or a `galdist.models.tables.TableObjective`."""

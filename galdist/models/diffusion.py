@@ -197,9 +197,13 @@ class DiffusionConfig(ModelConfig):
     """Cells of the coarsest level to each side that a cell attends to."""
     schedule: ScheduleConfig = LinearConfig()
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(entry.field for entry in (*self.inputs, *self.targets))
+
     @model_validator(mode="after")
     def _fields_can_be_learned(self) -> "DiffusionConfig":
-        names = [entry.field for entry in (*self.inputs, *self.targets)]
+        names = self.reads
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"field {twice[0]!r} is given twice; inputs and targets are different fields")
         return self

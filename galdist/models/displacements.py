@@ -34,6 +34,10 @@ class DisplacementsConfig(ModelConfig):
     channels: Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)] = (32, 64, 128)
     recurrence: NonNegativeInt = 1
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.input, self.target)
+
 
 class Displacements(GridObjective):
     """Adds what a network makes of the differences between neighbors to the displacements.
@@ -50,7 +54,7 @@ class Displacements(GridObjective):
         self.stands_alone(config, parts)
         self.config = config
         self.inputs = (config.input,)
-        self.fields = (config.input, config.target)
+        self.fields = config.reads
         self.outputs = (Field(name=config.input, units="Mpc/h", components=3),)
         self.strain, self.missing = Scale(), Scale()
         self.network = R2UNet(9, 3, config.channels, config.recurrence)

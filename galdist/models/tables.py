@@ -35,6 +35,10 @@ class TableConfig(ModelConfig):
     targets: Columns = ("log_stellar_mass", "color_gi", "log_ssfr", "log_radius")
     """Columns of the galaxy whose distribution is learned, in any number and order."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*self.inputs, *self.targets)
+
     @model_validator(mode="after")
     def _once(self) -> "TableConfig":
         names = (*self.inputs, *self.targets)
@@ -82,7 +86,7 @@ class TableObjective(Objective):
         self.stands_alone(config, parts)
         self.config = config
         self.inputs, self.targets = config.inputs, config.targets
-        self.fields = (*self.inputs, *self.targets)
+        self.fields = config.reads
         for side, columns in (("input", self.inputs), ("target", self.targets)):
             for what in ("mean", "std", "low", "high"):
                 start = torch.ones if what == "std" else torch.zeros

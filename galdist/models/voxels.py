@@ -122,6 +122,10 @@ class VoxelConfig(ModelConfig):
     checkpoint_activations: bool = False
     """Compute activations again for the gradient instead of keeping them: for large crops."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*(entry.field for entry in self.inputs), self.target)
+
     @field_validator("inputs")
     @classmethod
     def _once(cls, inputs: tuple[InputConfig, ...]) -> tuple[InputConfig, ...]:
@@ -184,7 +188,7 @@ class VoxelObjective(GridObjective):
         self._channels = tuple((entry.field, entry.components) for entry in config.inputs)
         self.inputs = tuple(entry.field for entry in config.inputs)
         self.target = config.target
-        self.fields = (*self.inputs, self.target)
+        self.fields = config.reads
         self.simulation_parameters = config.parameters
         self.normalizations = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
         self.embedding = Embedding(config.parameters, _FEATURES) if config.parameters else None

@@ -15,8 +15,8 @@ from pydantic import Field as Constraint
 from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
-from galdist.catalogs.centrals import Centrals, read_centrals, require_columns
-from galdist.config import StrictModel
+from galdist.catalogs.centrals import Centrals, read_centrals
+from galdist.config import StrictModel, require
 from galdist.grids.store import unknown_name
 from galdist.models.tables import TableConfig
 from galdist.training.sample import Drawer, Level, SampleConfig, fill
@@ -129,7 +129,7 @@ class BaselineConfig(SampleConfig):
 
     def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
         """See `galdist.config.ChecksInputs`."""
-        require_columns(self.columns, inputs.get("catalogs", {}))
+        require(self.columns, inputs.get("catalogs", {}))
 
 
 MATCHED: dict[str, tuple[str, int]] = {

@@ -31,13 +31,11 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from galdist.catalogs.centrals import require_columns
-from galdist.config import StrictModel
+from galdist.config import StrictModel, require
 from galdist.data import ROLES, Batch, TrainingData, check_role
 from galdist.data.datasets import CropsConfig, to_device
 from galdist.data.tables import RowsConfig
 from galdist.models import AnyModelConfig, Objective, build
-from galdist.models.tables import TableConfig
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import (
     CheckpointError,
@@ -188,10 +186,10 @@ class TrainConfig(StrictModel):
         return self
 
     def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
-        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs, and its columns."""
-        check_role(ROLES[self.data.kind], inputs, self.model.name)
-        if isinstance(self.model, TableConfig):
-            require_columns((*self.model.inputs, *self.model.targets), inputs["catalogs"])
+        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs, with what it reads."""
+        role = ROLES[self.data.kind]
+        check_role(role, inputs, self.model.name)
+        require(self.model.reads, inputs[role])
 
 
 @dataclass
