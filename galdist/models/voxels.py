@@ -177,6 +177,30 @@ class RegressorConfig(VoxelConfig):
             )
         return self
 
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """What it learns the distribution of counts by; None where it learns their mean."""
+        return None if self.loss == "squared-error" else self.loss
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return () if self.likelihood is None else (self.target,)
+
+    def check_parts(self, parts: Sequence[ModelConfig]) -> None:
+        if self.likelihood is not None and not parts:
+            return
+        if len(parts) != 1 or not isinstance(parts[0], ClassifierConfig):
+            given = ", ".join(part.name for part in parts) or "none"
+            raise ValueError(
+                f"{self.name} builds on one trained classifier; `models` gives {given}: name the step that "
+                f"trained it, or choose a likelihood as its loss ({', '.join(get_args(Likelihood))}), which "
+                "needs none"
+            )
+        if parts[0].target != self.target:
+            raise ValueError(
+                f"model.target is {self.target!r} but the classifier was trained on {parts[0].target!r}"
+            )
+
 
 class VoxelObjective(GridObjective):
     """A network from input fields to numbers in each voxel."""
@@ -266,7 +290,6 @@ class VoxelClassifier(VoxelObjective):
     """Slope and offset of Platt's line, where the loss is Dice's."""
 
     def __init__(self, config: ClassifierConfig, parts: Sequence[Objective] = ()) -> None:
-        self.stands_alone(config, parts)
         super().__init__(config)
         self.config = config
         self.outputs = (Field(name="galaxy_probability"),)
@@ -368,31 +391,16 @@ class VoxelRegressor(VoxelObjective):
     """Where there is no classifier: the probability at which metrics call a voxel occupied."""
 
     def __init__(self, config: RegressorConfig, parts: Sequence[Objective] = ()) -> None:
-        likelihood = None if config.loss == "squared-error" else config.loss
-        alone = likelihood is not None and not parts
-        if not alone and (len(parts) != 1 or not isinstance(parts[0], VoxelClassifier)):
-            given = ", ".join(part.config.name for part in parts) or "none"
-            raise ValueError(
-                f"{config.name} builds on one trained classifier; `models` gives {given}: name the step that "
-                f"trained it, or choose a likelihood as its loss ({', '.join(get_args(Likelihood))}), which "
-                "needs none"
-            )
+        likelihood = config.likelihood
         super().__init__(config, 1 if likelihood is None else Counts.n_parameters(likelihood))
-        self.config = config
-        self.likelihood: Likelihood | None = likelihood
+        self.config, self.likelihood = config, likelihood
         self.outputs = (Field(name=self.target), Field(name="galaxy_probability"))
-        self.drawn = () if likelihood is None else (Field(name=self.target),)
         self.classifier: VoxelClassifier | None = None
-        if alone:
+        if not parts:
             self.register_buffer("threshold", torch.tensor(0.5))
             return
         assert isinstance(parts[0], VoxelClassifier)
         self.classifier = parts[0]
-        if self.classifier.target != self.target:
-            raise ValueError(
-                f"model.target is {self.target!r} but the classifier was trained on "
-                f"{self.classifier.target!r}"
-            )
         self.build_on(self.classifier)
         self.fields = (*self.inputs, self.target)
 
