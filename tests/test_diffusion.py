@@ -566,6 +566,8 @@ def test_what_does_not_fit_is_refused() -> None:
         objective(targets=[{"field": "momentum", "components": 3, "normalization": ["log1p"]}])
     with pytest.raises(ValueError, match="set quantum, or leave it out"):
         objective(targets=[{"field": "momentum", "most": 3}])
+    with pytest.raises(ValueError, match="parameter 'Omega_m' is given twice"):
+        objective(parameters=["Omega_m", "A_SN1", "Omega_m"])
     with pytest.raises(
         ValueError, match=r"builds on one trained regressor with a likelihood, or on nothing; .*vdm"
     ):

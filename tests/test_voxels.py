@@ -312,7 +312,7 @@ def test_a_conditioned_network_starts_as_the_unconditioned_one_and_learns_the_pa
 def test_other_settings_than_a_network_has_are_refused() -> None:
     with pytest.raises(ValueError, match="channels"):
         InceptionClassifierConfig(channels=(2, 2))  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="parameter is given twice"):
+    with pytest.raises(ValueError, match="parameter 'h' is given twice"):
         InceptionClassifierConfig(parameters=("h", "h"))
     classifier = InceptionClassifier(InceptionClassifierConfig())
     with pytest.raises(ValueError, match="or choose a likelihood"):

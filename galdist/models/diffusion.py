@@ -22,6 +22,7 @@ from galdist.data.datasets import PARAMETERS, SEED
 from galdist.data.transforms import Normalization
 from galdist.grids.store import Field
 from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
+from galdist.models.conditioning import ParameterNames
 from galdist.models.layers import trim
 from galdist.models.noise import LinearConfig, NoiseSchedule, ScheduleConfig, signal_and_noise
 from galdist.models.samplers import Crops, Denoiser, Drawing, joint
@@ -187,7 +188,7 @@ class DiffusionConfig(ModelConfig):
         TargetConfig(field="galaxy_counts", quantum=1.0),
     )
     """What is drawn, all of it jointly."""
-    parameters: tuple[str, ...] = ()
+    parameters: ParameterNames = ()
     """Parameters of the simulation that the targets depend on, such as Omega_m, A_SN1, redshift."""
     unknown: Annotated[float, Constraint(ge=0, lt=1)] = 0.1
     """Fraction of the training samples whose parameters are hidden, so that the model can do without."""

@@ -24,7 +24,7 @@ from galdist.config import StrictModel
 from galdist.data.transforms import Normalization, TransformName
 from galdist.grids.store import Field
 from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
-from galdist.models.conditioning import Embedding
+from galdist.models.conditioning import Embedding, ParameterNames
 from galdist.models.counts import Counts, Likelihood
 from galdist.models.layers import trim
 from galdist.statistics.metrics import ScoreHistogram
@@ -117,7 +117,7 @@ class VoxelConfig(ModelConfig):
     )
     target: str = "galaxy_counts"
     """Field of counts to predict."""
-    parameters: tuple[str, ...] = ()
+    parameters: ParameterNames = ()
     """Parameters of the simulation that the network is conditioned on: `Omega_m`, `A_SN1`, `redshift`."""
     checkpoint_activations: bool = False
     """Compute activations again for the gradient instead of keeping them: for large crops."""
@@ -132,13 +132,6 @@ class VoxelConfig(ModelConfig):
         if len({entry.field for entry in inputs}) < len(inputs):
             raise ValueError("a field is given twice")
         return inputs
-
-    @field_validator("parameters")
-    @classmethod
-    def _each_once(cls, parameters: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(parameters)) < len(parameters):
-            raise ValueError("a parameter is given twice")
-        return parameters
 
     def network(self, n_in: int, n_out: int, features: int) -> VoxelNetwork:
         """The network, for ``n_in`` channels that come in, ``n_out`` that go out, and ``features`` that it is
