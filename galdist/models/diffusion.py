@@ -198,6 +198,8 @@ class DiffusionConfig(ModelConfig):
     """Of each level of the network."""
     attention: NonNegativeInt = 1
     """Cells of the coarsest level to each side that a cell attends to."""
+    checkpoint_activations: bool = False
+    """Compute activations again for the gradient instead of keeping them: for large crops."""
     schedule: ScheduleConfig = LinearConfig()
 
     @property
@@ -280,6 +282,7 @@ class VariationalDiffusion(GridObjective):
         n_out = sum(entry.components for entry in config.targets)
         n_in = n_out + sum(entry.components for entry in config.inputs)
         self.network = UNet(n_in, n_out, config.channels, config.spatial, width, config.attention)
+        self.network.checkpoint_activations = config.checkpoint_activations
         self.alignment, self.reach = self.network.alignment, self.network.reach
         self.counts: VoxelRegressor | None = None
         self.most = 0

@@ -10,7 +10,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from pydantic import Field as Constraint
 from pydantic import NonNegativeFloat, PositiveFloat, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from galdist.config import StrictModel
 from galdist.data.transforms import Normalization, TransformName
@@ -26,7 +25,7 @@ from galdist.grids.store import Field
 from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
 from galdist.models.conditioning import Embedding, ParameterNames
 from galdist.models.counts import Counts, Likelihood
-from galdist.models.layers import trim
+from galdist.models.layers import BlockNetwork, trim
 from galdist.statistics.metrics import ScoreHistogram
 from galdist.training.losses import (
     dice,
@@ -43,7 +42,7 @@ _FEATURES = 64  # of the embedding of a simulation's parameters
 _IMPOSSIBLE = -30.0  # ln of the probability of galaxies where the classifier keeps none
 
 
-class VoxelNetwork(nn.Module, abc.ABC):
+class VoxelNetwork(BlockNetwork, abc.ABC):
     """A network from meshes to as many numbers in each voxel as its `head` gives.
 
     It is local and sees one sample at a time (`galdist.models.layers`).
@@ -53,8 +52,6 @@ class VoxelNetwork(nn.Module, abc.ABC):
     """Origins of tiles are multiples of it."""
     head: nn.Linear
     """The last layer, of each voxel by itself."""
-    checkpoint_activations = False
-    """Whether activations inside blocks are computed again for the gradient instead of being kept."""
 
     @property
     @abc.abstractmethod
@@ -78,13 +75,6 @@ class VoxelNetwork(nn.Module, abc.ABC):
             # As a linear map of the last axis it keeps the memory order of its input, in its gradient too.
             output: Tensor = self.head(x.movedim(1, -1).to(self.head.weight.dtype)).movedim(-1, 1)
             return output
-
-    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """``block(*inputs)``, for `body`."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            again = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            return cast(Tensor, again)  # blocks draw nothing
-        return cast(Tensor, block(*inputs))
 
 
 class InputConfig(StrictModel):
