@@ -764,8 +764,9 @@ def test_the_sweep_in_the_docs(tmp_path: Path) -> None:
 
 def test_a_key_inside_a_key() -> None:
     """The other values of the configuration stay as they are."""
-    run = load("quickstart", ("classifier.sweep={optimizer.betas: [[0.9, 0.99], [0.8, 0.9]], seed: [1]}",))
     name = "classifier-betas0_8-0_9-seed1"
+    sweep = "classifier.sweep={optimizer.betas: [[0.9, 0.99], [0.8, 0.9]], seed: [1]}"
+    run = load("quickstart", (sweep, f"regressor.inputs.models={name}"))
     assert run.sweeps["classifier"].members == ("classifier-betas0_9-0_99-seed1", name)
     plain = load("quickstart").configs["classifier"].model_dump()
     plain["optimizer"]["betas"] = (0.8, 0.9)
