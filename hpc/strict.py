@@ -8,7 +8,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -181,17 +181,27 @@ def validate(
         found: dict[Location, list[str]] = {}
         for detail in error.errors(include_url=False):
             path, owner, in_union = _walk(model, detail["loc"])
-            message = _words(dict(detail), owner)
+            message = _words(dict(detail), owner, _at(data, path[:-1]))
             texts = found.setdefault((*at, *path), [])
             if message not in texts and (not texts or in_union):
                 texts.append(message)
         return None, [Problem(location, ", or ".join(texts)) for location, texts in found.items()]
 
 
-def _words(detail: dict[str, Any], owner: type[BaseModel] | None) -> str:
+def _at(data: Any, path: Location) -> Any:
+    """What is at a place of ``data``; None where there is nothing."""
+    for key in path:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def _words(detail: dict[str, Any], owner: type[BaseModel] | None, where: Any) -> str:
     kind, message, given = detail["type"], str(detail["msg"]), detail["input"]
     if kind == "extra_forbidden":
-        return "unknown key" + nearest(str(detail["loc"][-1]), _keys(owner) if owner else ())
+        return "unknown key" + nearest(str(detail["loc"][-1]), _keys(owner, where) if owner else ())
     if kind == "missing":
         return "missing"
     if kind == "value_error":
@@ -251,11 +261,19 @@ def _walk(
     return tuple(path), owner, in_union
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
-    """Keys of a model, and of the models derived from it, one of which may stand in its place."""
-    return {info.alias or name for name, info in model.model_fields.items()}.union(
-        *(_keys(derived) for derived in model.__subclasses__())
-    )
+def _keys(model: type[BaseModel], given: Any) -> set[str]:
+    """Keys of a model, and of the models derived from it, one of which may stand in its place: of those alone
+    that have the name which is ``given`` beside, if any has."""
+    name = given.get("name") if isinstance(given, Mapping) else None
+    models = [*_derived(model)]
+    named = [one for one in models if name in _tags(one)]
+    return {info.alias or key for one in named or models for key, info in one.model_fields.items()}
+
+
+def _derived(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for derived in model.__subclasses__():
+        yield from _derived(derived)
 
 
 def _bare(annotation: Any) -> Any:

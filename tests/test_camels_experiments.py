@@ -100,7 +100,7 @@ def test_a_study_runs_on_mock_universes(tmp_path: Path) -> None:
         **{f"lh_a__{key}": value for key, value in small.items()},
         **{
             f"{cv}__{key}": value
-            for cv in ("cv_a", "cv_b")
+            for cv in ("cv_a", "cv_b", "large")
             for key, value in (small | {"simulations": 1}).items()
         },
     )

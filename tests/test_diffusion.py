@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from gaussian_fields import GaussianFields
+from pydantic import ValidationError
 from small_grids import make_grids
 from torch import Tensor
 
@@ -597,3 +599,31 @@ def test_what_does_not_fit_is_refused() -> None:
         )
     with pytest.raises(ValueError, match="draws whole boxes"):
         objective().sample(batch(8, halo=2), torch.Generator(), Drawing())
+
+
+def test_counts_are_not_hidden_by_the_least_noise() -> None:
+    """Few values have even steps by default, and a schedule that hides them is refused before training."""
+    few = {"field": "galaxy_counts", "quantum": 1, "most": 15}
+    assert DiffusionConfig.model_validate({"targets": [few]}).targets[0].normalization == ("standardize",)
+    counts = torch.zeros(32, 32, 32)
+    counts.view(-1)[:30] = torch.arange(30) % 3 + 1.0
+    fields = {"galaxy_counts": counts, "matter_counts": torch.rand(32, 32, 32)}
+    logarithm = few | {"normalization": ["log1p", "standardize"]}
+    for target, gamma, said in (
+        (few, 0.8, None),
+        (few, 6.0, "start at 1.8 or below"),
+        (logarithm, 0.8, "or below"),
+    ):
+        schedule = {"kind": "linear", "gamma": (gamma, 10.0)}
+        model = VariationalDiffusion(
+            DiffusionConfig.model_validate({"channels": [2], "targets": [target], "schedule": schedule})
+        )
+        with nullcontext() if said is None else pytest.raises(ValueError, match=said):
+            model.prepare(lambda name: iter([fields[name].numpy()]))
+
+
+def test_a_field_without_steps_needs_little_noise() -> None:
+    """It would keep what is left of it."""
+    given = {"targets": [{"field": "stellar_mass"}], "schedule": {"kind": "linear", "gamma": (0.8, 10.0)}}
+    with pytest.raises(ValidationError, match="'stellar_mass' keeps the least noise"):
+        DiffusionConfig.model_validate(given)

@@ -434,3 +434,11 @@ def test_what_is_wrong_with_a_model_is_said_alone(data: dict[str, Any]) -> None:
     assert [(problem.location, problem.message) for problem in problems] == [
         (("model", "unknwon"), "unknown key; did you mean unknown?")
     ]
+
+
+def test_keys_that_are_offered_are_of_the_family_that_is_named() -> None:
+    """Not those of another, which has the very key that is wrong here."""
+    _, problems = strict.validate(TrainConfig, {"model": {"name": "vdm", "loss": "focal"}, "epochs": 1})
+    (problem,) = problems
+    assert problem.message.startswith("unknown key; known: attention, channels, ")
+    assert "recall" not in problem.message

@@ -34,6 +34,8 @@ TERMS = ("prior", "reconstruction", "diffusion")
 """Of the bound."""
 
 _TIMES = 8  # at which a validation looks at each tile
+_LEAST = -4.6  # gamma at which the noise is a tenth of a field's standard deviation
+_APART = 3.0  # standard deviations of the least noise from a value to where it would be taken for the next
 _GOLDEN = 2654435769  # 2^32 over the golden ratio
 
 
@@ -115,7 +117,15 @@ class TargetConfig(InputConfig):
     field is continuous."""
     most: PositiveInt | None = None
     """Quanta that a voxel holds at most, where these are few. How often each number occurs in training is
-    then built into the posterior mean: the network has to learn what a voxel's surroundings say, no more."""
+    then built into the posterior mean: the network has to learn what a voxel's surroundings say, no more.
+    The normalization is `standardize` by default, which leaves the steps alike."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_values_need_no_logarithm(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("most") is not None:
+            return {"normalization": ("standardize",), **given}
+        return given
 
     @model_validator(mode="after")
     def _counts(self) -> "TargetConfig":
@@ -211,6 +221,13 @@ class DiffusionConfig(ModelConfig):
         names = self.reads
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"field {twice[0]!r} is given twice; inputs and targets are different fields")
+        least = self.schedule.gamma[0]
+        for entry in self.targets:
+            if entry.quantum is None and least > _LEAST:
+                raise ValueError(
+                    f"schedule.gamma starts at {least:g}, but what is drawn of {entry.field!r} keeps the "
+                    f"least noise: start at {_LEAST:g} or below, or give the field a quantum"
+                )
         return self
 
     @property
@@ -297,11 +314,28 @@ class VariationalDiffusion(GridObjective):
             normalization.fit(partial(training, entry.field))
         for entry, normalization in _each(self.config.targets, self.of_targets):
             normalization.fit(partial(_in_steps, training, entry))
+            self._require_steps_apart(entry, normalization)
         for entry, shares in zip(self.config.targets, self.shares, strict=True):
             if isinstance(shares, Shares):
                 shares.fit(_in_steps(training, entry))
         if self.features.embedding is not None:
             self.features.embedding.standardize.fit(training)
+
+    def _require_steps_apart(self, entry: TargetConfig, normalization: Normalization) -> None:
+        """Refuse a schedule whose least noise hides the steps of a target: zero from the first quantum, and
+        where values are few any from the next."""
+        if entry.quantum is None:
+            return
+        n = torch.arange(entry.most or 1, device=self.network.head.weight.device)
+        low, edge, high = (normalization(entry.quantum * (n + part)) for part in (0.0, 0.5, 1.0))
+        apart = torch.minimum(edge - low, high - edge).min().item()
+        least, needed = self.config.schedule.gamma[0], 2 * math.log(apart / _APART)
+        if least > needed:
+            how = ", ".join(entry.normalization)
+            raise ValueError(
+                f"schedule.gamma starts at {least:g}, where the noise hides which step {entry.field!r} is on "
+                f"(normalization: {how}): start at {math.floor(10 * needed) / 10:g} or below"
+            )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         seeds = batch[SEED]

@@ -61,7 +61,8 @@ class Sampler(StrictModel):
 
         Returns
         -------
-        Tensor ``(b, c, *mesh)``: the mean of the data given the last noisy field.
+        Tensor ``(b, c, *mesh)``: the last noisy field over its alpha, that is the data and the noise that is
+        left where the schedule ends.
         """
         for x in self.path(denoiser, schedule, noise, generator):
             drawn = x
