@@ -20,12 +20,13 @@ from hpc.resources import Resources
 from hpc.site import Site
 from hpc.strict import SettingsError
 
-REGRESSOR = CLASSIFIER | {"model": {"name": "r2unet-regressor", "channels": [4, 8], "recurrence": 1}}
+REGRESSOR = {"name": "r2unet-regressor", "channels": [4, 8], "recurrence": 1}
+FIELDS = [{"name": name} for name in ("matter_counts", "matter_momentum", "galaxy_counts")]
 
 
 def run_file(folder: Path, **changes: Any) -> Path:
     steps = [
-        {"name": "grids", "stage": "ingest", "config": {"path": ".", "n_mesh": 16}},
+        {"name": "grids", "stage": "ingest", "config": {"path": ".", "n_mesh": 16, "fields": FIELDS}},
         {
             "name": "classifier",
             "stage": "train",
@@ -37,7 +38,7 @@ def run_file(folder: Path, **changes: Any) -> Path:
             "stage": "train",
             "inputs": {"grids": ["grids"], "models": ["classifier"]},
             "resources": {"ranks": 1},
-            "config": REGRESSOR | changes,
+            "config": CLASSIFIER | changes | {"model": REGRESSOR},
         },
         {"name": "predict", "stage": "predict", "inputs": {"grids": ["grids"], "model": ["regressor"]}},
     ]
