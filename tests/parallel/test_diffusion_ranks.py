@@ -28,6 +28,7 @@ MODEL: dict[str, Any] = {
     "parameters": ["Omega_m"],
     "unknown": 0.5,
     "channels": [2, 3],
+    "checkpoint_activations": True,
     "schedule": {"kind": "monotone", "hidden": 8},
 }
 CONFIG: dict[str, Any] = {
