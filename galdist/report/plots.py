@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -131,7 +132,8 @@ class Curve(NamedTuple):
         """How these are drawn: see `galdist.report.artist.thin_lines`."""
         if len(self.boxes) <= SINGLE:
             return self.boxes
-        return list(np.nanquantile(np.asarray(self.boxes, float), (0.16, 0.84), axis=0))
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # bins that no box has
+            return list(np.nanquantile(np.asarray(self.boxes, float), (0.16, 0.84), axis=0))
 
 
 @contextlib.contextmanager
