@@ -549,9 +549,9 @@ steps:
             "under `catalogs` and no others; of grids and catalogs they have grids",
         ),
         ("nn-gauss", "{catalogs: tables, grids: tables}", "they have grids: [tables], catalogs: [tables]"),
-        ("r2unet-regressor", "{catalogs: tables}", "r2unet-regressor learns from grids"),
+        ("r2unet-classifier", "{catalogs: tables}", "r2unet-classifier learns from grids"),
         ("nn-gauss", "{catalogs: tables}", None),
-        ("r2unet-regressor", "{grids: tables}", None),
+        ("r2unet-classifier", "{grids: tables}", None),
     ],
 )
 def test_a_training_reads_what_its_model_learns_from(
@@ -576,6 +576,101 @@ steps:
     (line,) = str(caught.value).splitlines()
     assert "steps.learned.inputs: " in line
     assert said in line
+
+
+MODELS = """\
+name: study
+steps:
+  - {name: grids, stage: ingest, config: {path: CAMELS}}
+  - name: table
+    stage: train
+    inputs: {catalogs: halos}
+    config: {epochs: 1, model: {name: sqr, inputs: [log_halo_mass]}}
+  - name: mean
+    stage: train
+    inputs: {grids: grids, models: classifier}
+    config: {epochs: 1, model: {name: r2unet-regressor}}
+  - name: counts
+    stage: train
+    inputs: {grids: grids, models: classifier}
+    config: {epochs: 1, model: {name: inception-regressor, loss: poisson}}
+  - name: diffusion
+    stage: train
+    inputs: {grids: grids, models: counts}
+    config: {epochs: 1, model: {name: vdm, targets: [{field: galaxy_counts, quantum: 1, most: 9}]}}
+  - {name: drawn, stage: predict, inputs: {grids: grids, model: diffusion}, config: {drawing: {crop: 32}}}
+  - {name: sampled, stage: predict, inputs: {grids: grids, model: counts}, config: {samples: 3}}
+  - {name: predicted, stage: predict, inputs: {grids: grids, model: mean}}
+  - name: classifier
+    stage: train
+    inputs: {grids: grids}
+    config: {epochs: 1, model: {name: inception-classifier}}
+  - {name: groups, stage: catalog, config: {path: CAMELS}}
+  - {name: halos, stage: centrals, inputs: {catalogs: groups}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "step", "said"),
+    [
+        ("mean.inputs.models=[]", "mean", "on one trained classifier; `models` gives none: name the step"),
+        (
+            "mean.inputs.models=[classifier, counts]",
+            "mean",
+            "gives inception-classifier, inception-regressor",
+        ),
+        ("mean.inputs.models=table", "mean", "r2unet-regressor builds on one trained .* gives sqr:"),
+        ("mean.model.target=matter_counts", "mean", "'matter_counts' but the classifier .* 'galaxy_counts'"),
+        ("classifier.model.inputs=[{field: x}]", "mean", "step grids: field 'x' is not there"),
+        ("mean.inputs.models=grids", "mean", "step grids trains no model: name a step of the stage train"),
+        (
+            "counts.inputs.models=mean",
+            "counts",
+            "builds on one trained classifier; .* gives r2unet-regressor",
+        ),
+        ("classifier.inputs.models=table", "classifier", "inception-classifier builds on no other model"),
+        ("table.inputs.models=mean", "table", "sqr builds on no other model, but 1 were given"),
+        (
+            "diffusion.inputs.models=mean",
+            "diffusion",
+            "a likelihood, or on nothing; `models` gives r2unet-reg",
+        ),
+        (
+            "diffusion.inputs.models=[counts, mean]",
+            "diffusion",
+            "gives inception-regressor, r2unet-regressor",
+        ),
+        ("diffusion.model.spatial=2", "diffusion", "quantum: 1 and most, and spatial: 3"),
+        ("diffusion.model.targets.0.quantum=2", "diffusion", "how many galaxy_counts a voxel of three dim"),
+        ("diffusion.model.targets.0.most=null", "diffusion", "a vdm on it has that among its targets"),
+        ("predicted.samples=2", "predicted", r"samples is 2, but step mean \(r2unet-regressor\) gives means"),
+        ("drawn.inputs.model=mean", "drawn", r"{'crop': 32}, but step mean \(r2unet.*\) predicts each voxel"),
+        ("predicted.inputs.model=table", "predicted", r"step table is a model of tables \(sqr\)"),
+        ("predicted.inputs.model=halos", "predicted", "step halos trains no model"),
+        ("counts.inputs.models=[]", None, None),
+        ("diffusion.inputs.models=[]", None, None),
+        ("diffusion.inputs.models=[counts]", None, None),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_before_any_is_trained(
+    override: str, step: str | None, said: str | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path, MODELS)
+    if step is None:
+        load(path, (override,), config.STAGES)
+        return
+    with pytest.raises(SettingsError) as caught:
+        load(path, (override,), config.STAGES)
+    lines = [line for line in str(caught.value).splitlines() if f"steps.{step}." in line]
+    assert len(lines) == 1
+    assert re.search(rf"steps\.{step}\.inputs: .*{said}", lines[0])
+
+
+def test_a_model_with_mistakes_of_its_own_is_not_held_against_those_on_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(write(tmp_path, MODELS), ("classifier.epochs=0",), config.STAGES)
+    (line,) = str(caught.value).splitlines()
+    assert "steps.classifier.config.epochs" in line
 
 
 def test_a_sweep_makes_a_step_of_each_value(tmp_path: Path) -> None:
@@ -669,8 +764,9 @@ def test_the_sweep_in_the_docs(tmp_path: Path) -> None:
 
 def test_a_key_inside_a_key() -> None:
     """The other values of the configuration stay as they are."""
-    run = load("quickstart", ("classifier.sweep={optimizer.betas: [[0.9, 0.99], [0.8, 0.9]], seed: [1]}",))
     name = "classifier-betas0_8-0_9-seed1"
+    sweep = "classifier.sweep={optimizer.betas: [[0.9, 0.99], [0.8, 0.9]], seed: [1]}"
+    run = load("quickstart", (sweep, f"regressor.inputs.models={name}"))
     assert run.sweeps["classifier"].members == ("classifier-betas0_9-0_99-seed1", name)
     plain = load("quickstart").configs["classifier"].model_dump()
     plain["optimizer"]["betas"] = (0.8, 0.9)

@@ -552,6 +552,21 @@ def test_seeds_are_read_without_waiting_for_a_device() -> None:
     assert data["seed"].tolist() == [7, 8]
 
 
+def test_checkpointed_activations_give_the_same_loss_and_gradients() -> None:
+    data = batch(8)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = prepared(data, channels=[2, 2], attention=1, checkpoint_activations=again)
+        assert model.network.checkpoint_activations is again
+        loss = model(data)["loss"]
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for kept, recomputed in zip(*found, strict=True):
+        assert kept is not None
+        assert torch.equal(kept, recomputed)
+
+
 def test_a_description_builds_the_same_model() -> None:
     data = batch(8)
     model = prepared(data, schedule={"kind": "monotone"}, channels=[2, 2], attention=1)
@@ -568,6 +583,8 @@ def test_what_does_not_fit_is_refused() -> None:
         objective(targets=[{"field": "momentum", "components": 3, "normalization": ["log1p"]}])
     with pytest.raises(ValueError, match="set quantum, or leave it out"):
         objective(targets=[{"field": "momentum", "most": 3}])
+    with pytest.raises(ValueError, match="parameter 'Omega_m' is given twice"):
+        objective(parameters=["Omega_m", "A_SN1", "Omega_m"])
     with pytest.raises(
         ValueError, match=r"builds on one trained regressor with a likelihood, or on nothing; .*vdm"
     ):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from galdist.models.noise import LinearConfig, MonotoneConfig, signal_and_noise
-from galdist.models.samplers import Crops, Sampler, joint
+from galdist.models.samplers import Crops, Drawing, Sampler, joint
 
 SCHEDULE = LinearConfig().build().requires_grad_(False)
 SAMPLERS = [
@@ -86,6 +86,20 @@ def test_weights_of_crops_add_to_one(blocks: int, crop: int, overlap: int, align
     for number in range(len(crops)):
         total[crops.index(number)] += crops.weight(number)
     torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"overlap": 8}, "overlap is 8, but of what"),
+        ({"crop": 8, "overlap": 8}, "crops of 8 cells cannot share 8: raise crop or lower overlap"),
+        ({"crop": 16, "overlap": 32}, "crops of 16 cells cannot share 32"),
+    ],
+)
+def test_crops_share_less_than_all(given: dict[str, int], said: str) -> None:
+    assert Drawing(crop=9, overlap=8).crop == 9
+    with pytest.raises(ValueError, match=said):
+        Drawing.model_validate(given)
 
 
 @pytest.mark.parametrize("spatial", [2, 3])

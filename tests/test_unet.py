@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpointing import compare_checkpointed
 from torch import Tensor
 
 from galdist.models.layers import trim
@@ -49,6 +50,12 @@ def test_tiles_give_the_whole_box(spatial: int, n_mesh: int) -> None:
         tile = net(x[(..., *(slice(0, 8 + 2 * halo),) * spatial)], features, periodic=False)
     inside = whole[(..., *(slice(halo, halo + 8),) * spatial)]
     assert (trim(tile, halo, spatial) - inside).abs().max() < 1e-5 * whole.std()
+
+
+@pytest.mark.parametrize("spatial", [2, 3])
+def test_checkpointed_activations_give_the_same_gradients(spatial: int) -> None:
+    net = network(spatial)
+    compare_checkpointed(net, torch.randn(2, 2, *(8,) * spatial), torch.randn(2, 3), False)
 
 
 def test_samples_of_a_batch_do_not_see_each_other() -> None:

@@ -47,6 +47,8 @@ class ModelConfig(StrictModel):
 
     learns_from: ClassVar[Literal["crops", "rows"]] = "crops"
     """The `kind` of its training data: `galdist.data`."""
+    draws_boxes: ClassVar[bool] = False
+    """Of grids: whether all voxels of a box are drawn jointly, or predicted each by itself, in any tiles."""
 
     name: str
 
@@ -54,6 +56,17 @@ class ModelConfig(StrictModel):
     def reads(self) -> tuple[str, ...]:
         """Fields of boxes, or columns of tables, that it is trained on, those of models it holds left out."""
         return ()
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Of grids: fields that can be drawn; none where the model gives means only."""
+        return ()
+
+    def check_parts(self, parts: Sequence["ModelConfig"]) -> None:
+        """Raise ValueError where a model with these settings does not build on trained models with those of
+        ``parts``; by default it builds on none."""
+        if parts:
+            raise ValueError(f"{self.name} builds on no other model, but {len(parts)} were given as `models`")
 
 
 class Objective(nn.Module, abc.ABC):
@@ -86,14 +99,6 @@ class Objective(nn.Module, abc.ABC):
     def summarize(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Metrics of a sample from its sums; `loss` is the one that training minimizes."""
 
-    @staticmethod
-    def stands_alone(config: ModelConfig, parts: Sequence["Objective"]) -> None:
-        """Refuse the trained ``parts`` of a family that builds on none (`ValueError`)."""
-        if parts:
-            raise ValueError(
-                f"{config.name} builds on no other model, but {len(parts)} were given as `models`"
-            )
-
     def calibrate(self, sums: Mapping[str, Tensor]) -> None:
         """Choose on the validation split what is chosen there (a threshold), before it is summarized."""
         del sums
@@ -114,8 +119,6 @@ class GridObjective(Objective):
     cover them.
     """
 
-    drawn: tuple[Field, ...] = ()
-    """Fields that it draws; none where the model gives means only."""
     simulation_parameters: tuple[str, ...] = ()
     """Parameters of a simulation that it is conditioned on, in the order of ``batch["parameters"]`` (b, p):
     names of its cosmology or astrophysics, or `redshift`. Like fields they come in units of their own
@@ -128,6 +131,11 @@ class GridObjective(Objective):
     exact."""
     alignment: int
     """Origins of tiles are multiples of it."""
+
+    @property
+    def drawn(self) -> tuple[Field, ...]:
+        """Those of the `outputs` that it draws; none where the model gives means only."""
+        return tuple(field for field in self.outputs if field.name in self.config.drawn)
 
     def build_on(self, part: "GridObjective") -> None:
         """Hold a trained model, frozen, which reads from the same batches."""
@@ -145,16 +153,15 @@ class GridObjective(Objective):
         self.reach = max(self.reach, part.reach)
 
     def crops(self, n_mesh: int, drawing: Drawing) -> int:
-        """Crops in which a box of ``n_mesh`` cells a side is drawn jointly, all its voxels at once; 0 for
-        families whose voxels are predicted each by itself, in any tiles.
+        """Crops in which a box of ``n_mesh`` cells a side is drawn, where boxes are drawn jointly
+        (`ModelConfig.draws_boxes`).
 
         Raises
         ------
         ValueError
             where the crops do not cover the box.
         """
-        del n_mesh, drawing
-        return 0
+        raise NotImplementedError(f"{self.config.name} predicts voxels each by itself")
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Fields named in `outputs`, ``(batch, component, z, y, x)`` without the halo."""
@@ -172,7 +179,8 @@ class GridObjective(Objective):
     def draw_boxes(
         self, batch: Batch, generator: torch.Generator, drawing: Drawing, group: ddp.Group | None = None
     ) -> Iterator[dict[str, Tensor] | float]:
-        """Draw the fields named in `outputs` for whole boxes, where these are drawn jointly (`crops`).
+        """Draw the fields named in `outputs` for whole boxes, where these are drawn jointly
+        (`ModelConfig.draws_boxes`).
 
         Parameters
         ----------
@@ -207,7 +215,14 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def build(config: ModelConfig, parts: Sequence[Objective] = ()) -> Objective:
-    """An untrained model, on top of the trained ``parts`` that its family needs."""
+    """An untrained model, on top of the trained ``parts`` that its family needs.
+
+    Raises
+    ------
+    ValueError
+        where it does not build on these.
+    """
+    config.check_parts([part.config for part in parts])
     return objective_class(config.name)(config, tuple(parts))
 
 

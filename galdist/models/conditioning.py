@@ -5,12 +5,24 @@ One vector a sample scales and shifts the channels of a network (feature-wise li
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from galdist.models import TrainingFields
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"parameter {twice[0]!r} is given twice")
+    return names
+
+
+ParameterNames = Annotated[tuple[str, ...], AfterValidator(_each_once)]
+"""Of the parameters that a model is conditioned on, as settings have them."""
 
 
 class StandardizedParameters(nn.Module):

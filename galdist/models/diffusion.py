@@ -22,11 +22,12 @@ from galdist.data.datasets import PARAMETERS, SEED
 from galdist.data.transforms import Normalization
 from galdist.grids.store import Field
 from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
+from galdist.models.conditioning import ParameterNames
 from galdist.models.layers import trim
 from galdist.models.noise import LinearConfig, NoiseSchedule, ScheduleConfig, signal_and_noise
 from galdist.models.samplers import Crops, Denoiser, Drawing, joint
 from galdist.models.unet import Features, UNet
-from galdist.models.voxels import InputConfig, VoxelRegressor
+from galdist.models.voxels import InputConfig, RegressorConfig, VoxelRegressor
 from hpc import ddp
 
 TERMS = ("prior", "reconstruction", "diffusion")
@@ -186,6 +187,8 @@ class Shares(nn.Module):
 class DiffusionConfig(ModelConfig):
     """Settings of a diffusion model; defaults are those of Ono et al. 2024 where they give them."""
 
+    draws_boxes: ClassVar[bool] = True
+
     name: Literal["vdm"] = "vdm"
     inputs: Annotated[tuple[InputConfig, ...], Constraint(min_length=1)] = (
         InputConfig(field="matter_counts"),
@@ -195,7 +198,7 @@ class DiffusionConfig(ModelConfig):
         TargetConfig(field="galaxy_counts", quantum=1.0),
     )
     """What is drawn, all of it jointly."""
-    parameters: tuple[str, ...] = ()
+    parameters: ParameterNames = ()
     """Parameters of the simulation that the targets depend on, such as Omega_m, A_SN1, redshift."""
     unknown: Annotated[float, Constraint(ge=0, lt=1)] = 0.1
     """Fraction of the training samples whose parameters are hidden, so that the model can do without."""
@@ -205,6 +208,8 @@ class DiffusionConfig(ModelConfig):
     """Of each level of the network."""
     attention: NonNegativeInt = 1
     """Cells of the coarsest level to each side that a cell attends to."""
+    checkpoint_activations: bool = False
+    """Compute activations again for the gradient instead of keeping them: for large crops."""
     schedule: ScheduleConfig = LinearConfig()
 
     @property
@@ -224,6 +229,34 @@ class DiffusionConfig(ModelConfig):
                     f"least noise: start at {_LEAST:g} or below, or give the field a quantum"
                 )
         return self
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return tuple(entry.field for entry in self.targets)
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """Targets that are few whole numbers, and the largest of each."""
+        return {
+            entry.field: entry.most
+            for entry in self.targets
+            if entry.most is not None and entry.quantum == 1 and entry.components == 1
+        }
+
+    def check_parts(self, parts: Sequence[ModelConfig]) -> None:
+        if not parts:
+            return
+        given = ", ".join(part.name for part in parts)
+        if len(parts) > 1 or not isinstance(parts[0], RegressorConfig) or parts[0].likelihood is None:
+            raise ValueError(
+                f"{self.name} builds on one trained regressor with a likelihood, or on nothing; `models` "
+                f"gives {given}"
+            )
+        if parts[0].target not in self.counted or self.spatial != 3:
+            raise ValueError(
+                f"{given} tells how many {parts[0].target} a voxel of three dimensions holds: a {self.name} "
+                "on it has that among its targets, with quantum: 1 and most, and spatial: 3"
+            )
 
 
 _Entry = TypeVar("_Entry", bound=InputConfig)
@@ -254,7 +287,6 @@ class VariationalDiffusion(GridObjective):
         self.config = config
         self.inputs = tuple(entry.field for entry in config.inputs)
         self.outputs = tuple(Field(name=entry.field, components=entry.components) for entry in config.targets)
-        self.drawn = self.outputs
         self.simulation_parameters = config.parameters
         self.of_inputs = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
         self.of_targets = nn.ModuleList(Normalization(entry.normalization) for entry in config.targets)
@@ -267,9 +299,13 @@ class VariationalDiffusion(GridObjective):
         n_out = sum(entry.components for entry in config.targets)
         n_in = n_out + sum(entry.components for entry in config.inputs)
         self.network = UNet(n_in, n_out, config.channels, config.spatial, width, config.attention)
+        self.network.checkpoint_activations = config.checkpoint_activations
         self.alignment, self.reach = self.network.alignment, self.network.reach
-        self.counts, self.most = _counts(config, parts)
-        if self.counts is not None:
+        self.counts: VoxelRegressor | None = None
+        self.most = 0
+        if parts:
+            assert isinstance(parts[0], VoxelRegressor)
+            self.counts, self.most = parts[0], config.counted[parts[0].target]
             self.build_on(self.counts)
         self.fields = (*self.inputs, *(entry.field for entry in config.targets))
 
@@ -580,27 +616,6 @@ class VariationalDiffusion(GridObjective):
                 yield part, (shares(part, level, normalization, known), shares.values(normalization))
             else:
                 yield part, None
-
-
-def _counts(config: DiffusionConfig, parts: Sequence[Objective]) -> tuple[VoxelRegressor | None, int]:
-    """The model that tells the probability of each number in each voxel, if any, and the largest number."""
-    if not parts:
-        return None, 0
-    most = {
-        entry.field: entry.most for entry in config.targets if entry.quantum == 1 and entry.components == 1
-    }
-    given = ", ".join(part.config.name for part in parts)
-    if len(parts) > 1 or not isinstance(parts[0], VoxelRegressor) or parts[0].likelihood is None:
-        raise ValueError(
-            f"{config.name} builds on one trained regressor with a likelihood, or on nothing; `models` gives "
-            f"{given}"
-        )
-    if (largest := most.get(parts[0].target)) is None or config.spatial != 3:
-        raise ValueError(
-            f"{given} tells how many {parts[0].target} a voxel of three dimensions holds: a {config.name} on "
-            "it has that among its targets, with quantum: 1 and most, and spatial: 3"
-        )
-    return parts[0], largest
 
 
 def _each(

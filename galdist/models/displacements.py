@@ -51,7 +51,6 @@ class Displacements(GridObjective):
 
     def __init__(self, config: DisplacementsConfig, parts: Sequence[Objective] = ()) -> None:
         super().__init__()
-        self.stands_alone(config, parts)
         self.config = config
         self.inputs = (config.input,)
         self.fields = config.reads

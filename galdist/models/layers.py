@@ -6,10 +6,12 @@ train as 1 rank does. Batch normalization breaks both, group and instance normal
 """
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from galdist.models.conditioning import Modulation
 
@@ -43,6 +45,20 @@ def standardized(weight: Tensor, gain: Tensor) -> Tensor:
     variance, mean = torch.var_mean(weight, axes, correction=0, keepdim=True)
     scale = gain.view(-1, *(1,) * len(axes)) * torch.rsqrt(variance * weight[0].numel() + 1e-6)
     return scale * (weight - mean)
+
+
+class BlockNetwork(nn.Module):
+    """A network of blocks, whose activations need not be kept for the gradient."""
+
+    checkpoint_activations = False
+    """Whether activations inside blocks are computed again for the gradient instead of being kept."""
+
+    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """``block(*inputs)``, of a block that draws no random numbers."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            again = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return cast(Tensor, again)
+        return cast(Tensor, block(*inputs))
 
 
 class RecurrentConv3d(nn.Module):

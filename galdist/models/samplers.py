@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from galdist.config import StrictModel
@@ -108,6 +108,18 @@ class Drawing(StrictModel):
     """Cells that neighboring crops share."""
     crops_at_once: PositiveInt = 4
     """Crops that go through the network together."""
+
+    @model_validator(mode="after")
+    def _crops_share_less_than_all(self) -> "Drawing":
+        if self.crop is None and self.overlap:
+            raise ValueError(
+                f"overlap is {self.overlap}, but of what? It is of crops: set crop, or leave it out"
+            )
+        if self.crop is not None and self.crop <= self.overlap:
+            raise ValueError(
+                f"crops of {self.crop} cells cannot share {self.overlap}: raise crop or lower overlap"
+            )
+        return self
 
 
 class Crops:

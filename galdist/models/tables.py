@@ -57,11 +57,6 @@ class TableObjective(Objective):
     the e neighbors of all its halos together, ``neighbors`` (e, d): their inputs, ``distance`` (e,) [Mpc/h],
     and ``receiver`` (e,): whose neighbor each is, a row of the batch, not falling. All tensors below are on
     the batch's device. The loss of `forward` is the mean over rows.
-
-    Raises
-    ------
-    ValueError
-        for ``parts``: tables are learned from the columns alone.
     """
 
     LEVELS: ClassVar[tuple[float, ...]] = ()
@@ -83,7 +78,6 @@ class TableObjective(Objective):
 
     def __init__(self, config: TableConfig, parts: Sequence[Objective] = ()) -> None:
         super().__init__()
-        self.stands_alone(config, parts)
         self.config = config
         self.inputs, self.targets = config.inputs, config.targets
         self.fields = config.reads

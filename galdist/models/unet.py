@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from galdist.models.conditioning import Embedding, Modulation
-from galdist.models.layers import standardized, wrap
+from galdist.models.layers import BlockNetwork, standardized, wrap
 
 # Brings the variance of the SiLU of a unit Gaussian back to one.
 _SILU_GAIN = 1.788
@@ -152,7 +152,7 @@ class Features(nn.Module):
         return features + embedded
 
 
-class UNet(nn.Module):
+class UNet(BlockNetwork):
     """U-Net with a block a level going down and another going up, skips between them, and attention at the
     coarsest level.
 
@@ -206,14 +206,14 @@ class UNet(nn.Module):
         for level, block in enumerate(self.down):
             if level:
                 x = self.reduce[level - 1](x)
-            x = block(x, features, periodic)
+            x = self.run(block, x, features, periodic)
             skips.append(x)
         x = skips.pop()
         if self.attention is not None:
-            x = self.attention(x, periodic)
-        x = self.middle(x, features, periodic)
+            x = self.run(self.attention, x, periodic)
+        x = self.run(self.middle, x, features, periodic)
         for expand, block in zip(reversed(self.expand), reversed(self.up), strict=True):
-            x = block(torch.cat([expand(x), skips.pop()], 1), features, periodic)
+            x = self.run(block, torch.cat([expand(x), skips.pop()], 1), features, periodic)
         with torch.autocast(x.device.type, enabled=False):
             # As a linear map of the last axis it keeps the memory order of its input, in its gradient too.
             output: Tensor = self.head(x.movedim(1, -1).to(self.head.weight.dtype)).movedim(-1, 1)

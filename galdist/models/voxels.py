@@ -10,7 +10,7 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from pydantic import Field as Constraint
 from pydantic import NonNegativeFloat, PositiveFloat, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from galdist.config import StrictModel
 from galdist.data.transforms import Normalization, TransformName
 from galdist.grids.store import Field
 from galdist.models import Batch, GridObjective, ModelConfig, Objective, TrainingFields
-from galdist.models.conditioning import Embedding
+from galdist.models.conditioning import Embedding, ParameterNames
 from galdist.models.counts import Counts, Likelihood
-from galdist.models.layers import trim
+from galdist.models.layers import BlockNetwork, trim
 from galdist.statistics.metrics import ScoreHistogram
 from galdist.training.losses import (
     dice,
@@ -43,7 +42,7 @@ _FEATURES = 64  # of the embedding of a simulation's parameters
 _IMPOSSIBLE = -30.0  # ln of the probability of galaxies where the classifier keeps none
 
 
-class VoxelNetwork(nn.Module, abc.ABC):
+class VoxelNetwork(BlockNetwork, abc.ABC):
     """A network from meshes to as many numbers in each voxel as its `head` gives.
 
     It is local and sees one sample at a time (`galdist.models.layers`).
@@ -53,8 +52,6 @@ class VoxelNetwork(nn.Module, abc.ABC):
     """Origins of tiles are multiples of it."""
     head: nn.Linear
     """The last layer, of each voxel by itself."""
-    checkpoint_activations = False
-    """Whether activations inside blocks are computed again for the gradient instead of being kept."""
 
     @property
     @abc.abstractmethod
@@ -78,13 +75,6 @@ class VoxelNetwork(nn.Module, abc.ABC):
             # As a linear map of the last axis it keeps the memory order of its input, in its gradient too.
             output: Tensor = self.head(x.movedim(1, -1).to(self.head.weight.dtype)).movedim(-1, 1)
             return output
-
-    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """``block(*inputs)``, for `body`."""
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            again = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-            return cast(Tensor, again)  # blocks draw nothing
-        return cast(Tensor, block(*inputs))
 
 
 class InputConfig(StrictModel):
@@ -117,7 +107,7 @@ class VoxelConfig(ModelConfig):
     )
     target: str = "galaxy_counts"
     """Field of counts to predict."""
-    parameters: tuple[str, ...] = ()
+    parameters: ParameterNames = ()
     """Parameters of the simulation that the network is conditioned on: `Omega_m`, `A_SN1`, `redshift`."""
     checkpoint_activations: bool = False
     """Compute activations again for the gradient instead of keeping them: for large crops."""
@@ -132,13 +122,6 @@ class VoxelConfig(ModelConfig):
         if len({entry.field for entry in inputs}) < len(inputs):
             raise ValueError("a field is given twice")
         return inputs
-
-    @field_validator("parameters")
-    @classmethod
-    def _each_once(cls, parameters: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(parameters)) < len(parameters):
-            raise ValueError("a parameter is given twice")
-        return parameters
 
     def network(self, n_in: int, n_out: int, features: int) -> VoxelNetwork:
         """The network, for ``n_in`` channels that come in, ``n_out`` that go out, and ``features`` that it is
@@ -176,6 +159,30 @@ class RegressorConfig(VoxelConfig):
                 "the distribution; leave it out"
             )
         return self
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """What it learns the distribution of counts by; None where it learns their mean."""
+        return None if self.loss == "squared-error" else self.loss
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        return () if self.likelihood is None else (self.target,)
+
+    def check_parts(self, parts: Sequence[ModelConfig]) -> None:
+        if self.likelihood is not None and not parts:
+            return
+        if len(parts) != 1 or not isinstance(parts[0], ClassifierConfig):
+            given = ", ".join(part.name for part in parts) or "none"
+            raise ValueError(
+                f"{self.name} builds on one trained classifier; `models` gives {given}: name the step that "
+                f"trained it, or choose a likelihood as its loss ({', '.join(get_args(Likelihood))}), which "
+                "needs none"
+            )
+        if parts[0].target != self.target:
+            raise ValueError(
+                f"model.target is {self.target!r} but the classifier was trained on {parts[0].target!r}"
+            )
 
 
 class VoxelObjective(GridObjective):
@@ -266,7 +273,6 @@ class VoxelClassifier(VoxelObjective):
     """Slope and offset of Platt's line, where the loss is Dice's."""
 
     def __init__(self, config: ClassifierConfig, parts: Sequence[Objective] = ()) -> None:
-        self.stands_alone(config, parts)
         super().__init__(config)
         self.config = config
         self.outputs = (Field(name="galaxy_probability"),)
@@ -368,31 +374,16 @@ class VoxelRegressor(VoxelObjective):
     """Where there is no classifier: the probability at which metrics call a voxel occupied."""
 
     def __init__(self, config: RegressorConfig, parts: Sequence[Objective] = ()) -> None:
-        likelihood = None if config.loss == "squared-error" else config.loss
-        alone = likelihood is not None and not parts
-        if not alone and (len(parts) != 1 or not isinstance(parts[0], VoxelClassifier)):
-            given = ", ".join(part.config.name for part in parts) or "none"
-            raise ValueError(
-                f"{config.name} builds on one trained classifier; `models` gives {given}: name the step that "
-                f"trained it, or choose a likelihood as its loss ({', '.join(get_args(Likelihood))}), which "
-                "needs none"
-            )
+        likelihood = config.likelihood
         super().__init__(config, 1 if likelihood is None else Counts.n_parameters(likelihood))
-        self.config = config
-        self.likelihood: Likelihood | None = likelihood
+        self.config, self.likelihood = config, likelihood
         self.outputs = (Field(name=self.target), Field(name="galaxy_probability"))
-        self.drawn = () if likelihood is None else (Field(name=self.target),)
         self.classifier: VoxelClassifier | None = None
-        if alone:
+        if not parts:
             self.register_buffer("threshold", torch.tensor(0.5))
             return
         assert isinstance(parts[0], VoxelClassifier)
         self.classifier = parts[0]
-        if self.classifier.target != self.target:
-            raise ValueError(
-                f"model.target is {self.target!r} but the classifier was trained on "
-                f"{self.classifier.target!r}"
-            )
         self.build_on(self.classifier)
         self.fields = (*self.inputs, self.target)
 

@@ -4,8 +4,8 @@ A box is cut into tiles with halos as wide as the model's reach, so that every v
 the whole box in memory; opposite faces touch. Slabs of tiles are shared over ranks, and each is written as
 whole chunks. Before every tile the ranks agree whether to go on, so that none waits long for another.
 
-Families that draw all voxels of a box jointly (`GridObjective.crops`) have no such slabs: a draw is written
-when it is whole. Ranks share the crops of one draw, or, where a box is one crop, the draws.
+Families that draw all voxels of a box jointly (`ModelConfig.draws_boxes`) have no such slabs: a draw is
+written when it is whole. Ranks share the crops of one draw, or, where a box is one crop, the draws.
 """
 
 import logging
@@ -25,10 +25,11 @@ from galdist.config import StrictModel
 from galdist.data.datasets import Box, Tile, find_boxes, read_parameters, tiles, to_device
 from galdist.grids.store import Chunking, GridStore, Split, StoreError, create_store, open_store
 from galdist.grids.store import Field as GridField
-from galdist.models import GridObjective
+from galdist.models import GridObjective, ModelConfig
 from galdist.models.samplers import Drawing
 from galdist.statistics.metrics import metric_row, over_domains, save_metrics
 from galdist.training.checkpoint import describe_model, load_model
+from galdist.training.train import learned
 from hpc import ddp, durable, progress
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,43 @@ class PredictConfig(StrictModel):
     """Of the draws. They depend on it and the simulation, not on tiles or ranks."""
     drawing: Drawing = Drawing()
     """How models that draw whole boxes (vdm) draw them."""
+
+    def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
+        """See `galdist.config.ChecksInputs`."""
+        for step, model in learned(inputs.get("model", {})).items():
+            self.check_model(model, f"step {step}")
+
+    def check_model(self, model: ModelConfig, which: str) -> None:
+        """Refuse a trained model that is not of grids, or that cannot draw what is asked of it.
+
+        Parameters
+        ----------
+        model
+            its settings.
+        which
+            what the message calls it.
+
+        Raises
+        ------
+        ValueError
+            that says what to change.
+        """
+        if model.learns_from != "crops":
+            raise ValueError(
+                f"{which} is a model of tables ({model.name}), this stage predicts grids: draw galaxies for "
+                "halos with the stage `sample`"
+            )
+        if self.samples and not model.drawn:
+            raise ValueError(
+                f"samples is {self.samples}, but {which} ({model.name}) gives means, of which nothing can be "
+                "drawn: leave it out, or train with a likelihood as model.loss"
+            )
+        if not model.draws_boxes and self.drawing != Drawing():
+            given = self.drawing.model_dump(mode="json", exclude_defaults=True)
+            raise ValueError(
+                f"drawing is {given}, but {which} ({model.name}) predicts each voxel by itself and draws no "
+                "whole boxes: leave it out"
+            )
 
 
 def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) -> None:
@@ -86,29 +124,15 @@ def predict(config: PredictConfig, inputs: Mapping[str, list[Path]], out: Path) 
     """
     with ddp.group() as group, ddp.stop_requests() as stop:
         objective, checksum = load_model(inputs["model"][0])
-        if not isinstance(objective, GridObjective):
-            raise ValueError(
-                f"{inputs['model'][0]} is a model of tables ({objective.config.name}), this stage predicts "
-                "grids: draw galaxies for halos with the stage `sample`"
-            )
-        if config.samples and not objective.drawn:
-            raise ValueError(
-                f"samples is {config.samples}, but {inputs['model'][0]} ({objective.config.name}) gives "
-                "means, of which nothing can be drawn: leave it out, or train with a likelihood as model.loss"
-            )
+        config.check_model(objective.config, str(inputs["model"][0]))
+        assert isinstance(objective, GridObjective)
         boxes = _boxes(inputs["grids"], config.split)
         n_mesh = _n_mesh(boxes, objective)
         trained = describe_model(inputs["model"][0]).get("grids", {})
         _check_alike(boxes, trained, inputs["model"][0], group.is_main)
         halo = objective.reach if config.halo is None else config.halo
         slabs = _slabs(tiles(n_mesh, config.tile, halo, objective.alignment))
-        n_crops = objective.crops(n_mesh, config.drawing)
-        if not n_crops and config.drawing != Drawing():
-            given = config.drawing.model_dump(mode="json", exclude_defaults=True)
-            raise ValueError(
-                f"drawing is {given}, but {inputs['model'][0]} ({objective.config.name}) predicts each voxel "
-                "by itself and draws no whole boxes: leave it out"
-            )
+        n_crops = objective.crops(n_mesh, config.drawing) if objective.config.draws_boxes else 0
         # A slab is a layer of whole chunks.
         thickness = _chunk(n_mesh) if n_crops else slabs[0][0].shape[0]
         if n_mesh % thickness:

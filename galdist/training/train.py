@@ -35,7 +35,7 @@ from galdist.config import StrictModel, require
 from galdist.data import ROLES, Batch, TrainingData, check_role
 from galdist.data.datasets import CropsConfig, to_device
 from galdist.data.tables import RowsConfig
-from galdist.models import AnyModelConfig, Objective, build
+from galdist.models import AnyModelConfig, ModelConfig, Objective, build
 from galdist.statistics.metrics import metric_row, save_metrics
 from galdist.training.checkpoint import (
     CheckpointError,
@@ -186,10 +186,34 @@ class TrainConfig(StrictModel):
         return self
 
     def check_inputs(self, inputs: Mapping[str, Mapping[str, StrictModel | None]]) -> None:
-        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs, with what it reads."""
+        """See `galdist.config.ChecksInputs`: grids or catalogs, as the model needs, with what it reads, and
+        models that it builds on."""
         role = ROLES[self.data.kind]
         check_role(role, inputs, self.model.name)
         require(self.model.reads, inputs[role])
+        models = inputs.get("models", {})
+        parts = learned(models)
+        if len(parts) == len(models):  # others have mistakes of their own
+            self.model.check_parts(list(parts.values()))
+            for part in parts.values():
+                require(part.reads, inputs[role])
+
+
+def learned(steps: Mapping[str, StrictModel | None]) -> dict[str, ModelConfig]:
+    """The models that ``steps`` train, by name; steps whose configuration has mistakes, None, are left out.
+
+    Raises
+    ------
+    ValueError
+        for one that trains no model.
+    """
+    models = {}
+    for step, config in steps.items():
+        if isinstance(config, TrainConfig):
+            models[step] = config.model
+        elif config is not None:
+            raise ValueError(f"step {step} trains no model: name a step of the stage train")
+    return models
 
 
 @dataclass
