@@ -298,3 +298,12 @@ def test_colors_differ_to_any_color_vision(vision: str, recolor: Callable[[str],
     for held in (LINES[:5], (plots.INK, *plots.MODELS)):
         for first, second in itertools.combinations(held, 2):
             assert np.linalg.norm(lab(first) - lab(second)) > 11, (first, second)
+
+
+def test_of_many_boxes_their_range_is_drawn() -> None:
+    """Few are thin lines themselves; bins that no box has stay empty."""
+    few = [np.full(3, float(n)) for n in range(5)]
+    assert Curve(few[2], few[0], few).thin is few
+    many = [np.array([float(n), 2.0 * n, np.nan]) for n in range(101)]
+    low, high = Curve(many[50], many[0], many).thin
+    np.testing.assert_allclose([low, high], [[16, 32, np.nan], [84, 168, np.nan]])

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 FIGURES = "figures"
 
 
+SINGLE = 8
+"""Boxes that are drawn one by one, as thin lines; of more the range is."""
+
+
+def thin_lines(n_boxes: int) -> str:
+    """What thin lines are in figures of several boxes."""
+    return "single boxes" if n_boxes <= SINGLE else "between them are two thirds of the boxes"
+
+
 class Panel(NamedTuple):
     """One picture of the page, one panel of a figure for papers."""
 

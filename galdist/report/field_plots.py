@@ -105,13 +105,13 @@ def plot_expected_coverage(
 
 
 def _scales(ax: "Axes", x: ArrayLike, curves: Mapping[str, Curve], palette: Palette) -> None:
-    """Positive curves with bands of one standard deviation; single boxes are thin. Both axes log."""
+    """Positive curves with bands of one standard deviation, and their thin lines. Both axes log."""
     x = np.asarray(x, float)
     low, high = np.inf, 0.0
-    for label, (value, error, boxes) in curves.items():
-        look = palette[label]
-        for box in boxes:
-            one = np.asarray(box, float)
+    for label, curve in curves.items():
+        look, value, error = palette[label], curve.value, curve.error
+        for line in curve.thin:
+            one = np.asarray(line, float)
             ax.plot(x, np.where(one > 0, one, np.nan), color=look.color, linewidth=0.5, alpha=0.45)
         known = value > 0
         if not known.any():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from galdist.report.artist import Artist, Block, Panel
+from galdist.report.artist import Artist, Block, Panel, thin_lines
 from galdist.report.tables import Cell, Row, Table, measured, save_latex
 from galdist.run import Step
 from galdist.statistics.coverage import expected_coverage
@@ -74,7 +74,7 @@ def field_blocks(
                 f"Numbers in cubes of two sizes, their variance, sizes of voids and bispectra without shot "
                 f"noise of {names} ({box_size:g} Mpc/h, {n_mesh}³ cells, z = {redshift:.2g}). Bands: "
                 + (
-                    "error of the mean over boxes; thin lines: single boxes."
+                    f"error of the mean over boxes; thin lines: {thin_lines(len(boxes))}."
                     if len(boxes) > 1
                     else "scatter between samples, and of Gaussian modes in bispectra without samples."
                 )

@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
+
+from galdist.report.artist import SINGLE
 
 PANEL = (3.4, 3.0)
 """Width and height of one panel [inches]: as wide as a column of a journal page."""
@@ -123,6 +126,14 @@ class Curve(NamedTuple):
     error: NDArray[np.float64]
     boxes: Sequence[ArrayLike] = ()
     """Values of single boxes where ``value`` is a mean over them."""
+
+    @property
+    def thin(self) -> Sequence[ArrayLike]:
+        """How these are drawn: see `galdist.report.artist.thin_lines`."""
+        if len(self.boxes) <= SINGLE:
+            return self.boxes
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # bins that no box has
+            return list(np.nanquantile(np.asarray(self.boxes, float), (0.16, 0.84), axis=0))
 
 
 @contextlib.contextmanager
@@ -336,7 +347,7 @@ def plot_power(
 ) -> None:
     """Power spectra [(Mpc/h)^3] of fields, by label, shot noise included.
 
-    Bands are one standard deviation, thin lines single boxes.
+    Bands are one standard deviation; thin lines are `galdist.report.artist.thin_lines`.
 
     Parameters
     ----------
@@ -445,10 +456,10 @@ def _curves(
     positive: bool = False,
 ) -> None:
     k = np.asarray(k, float)
-    for label, (value, error, boxes) in curves.items():
-        look = palette[label]
-        for box in boxes:
-            ax.plot(k, box, color=look.color, linestyle=look.line, linewidth=0.5, alpha=0.45)
+    for label, curve in curves.items():
+        look, value, error = palette[label], curve.value, curve.error
+        for line in curve.thin:
+            ax.plot(k, line, color=look.color, linestyle=look.line, linewidth=0.5, alpha=0.45)
         lower = np.maximum(value - error, value / 10) if positive else value - error
         ax.fill_between(k, lower, value + error, color=look.color, alpha=0.18, linewidth=0)
         ax.plot(

@@ -25,7 +25,7 @@ from pydantic import PositiveFloat, PositiveInt, field_validator
 from galdist import __version__, status
 from galdist.config import StrictModel
 from galdist.grids.store import GridStore, SimulationGrids, open_store
-from galdist.report.artist import Artist, Block, Panel
+from galdist.report.artist import Artist, Block, Panel, thin_lines
 from galdist.report.domains import Domains
 from galdist.report.fields import chunks, field_blocks, further_draw, of_steps, part_of, response_tables
 from galdist.report.halos import MOST, HaloStudy
@@ -380,7 +380,7 @@ def _spectra(
                 f"({box_size:g} Mpc/h, {n_mesh}³ cells, z = {redshift:.2g}), shot noise included. "
                 "Bands: one standard deviation for Gaussian modes"
                 + (
-                    f", of the mean over {len(boxes)} boxes; thin lines: single boxes."
+                    f", of the mean over {len(boxes)} boxes; thin lines: {thin_lines(len(boxes))}."
                     if len(boxes) > 1
                     else "."
                 )
@@ -395,7 +395,8 @@ def _spectra(
                         f"{title}, in redshift space",
                         f"Monopole and quadrupole of the galaxies' power in redshift space, of {names}, z = "
                         f"{redshift:.2g}: means over lines of sight along the three axes. The monopole "
-                        "includes shot noise." + (" Thin lines: single boxes." if len(boxes) > 1 else ""),
+                        "includes shot noise."
+                        + (f" Thin lines: {thin_lines(len(boxes))}." if len(boxes) > 1 else ""),
                         _multipole_panels(list(boxes.values())),
                         [step],
                     )
