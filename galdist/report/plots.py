@@ -42,6 +42,8 @@ LENGTH_UNIT = r"[$h^{-1}\,\mathrm{Mpc}$]"
 GROUND, INK, MUTED = "#ffffff", "#111111", "#6b6b6b"
 MATTER, HOD = "#9a9a9a", "#d55e00"
 PREDICTIONS = ("#0072b2", "#009e73", "#cc79a7", "#b8860b")
+OCCUPATIONS = (HOD, "#7a3300", "#e69f00")
+"""Of the forms of occupation in one figure: dark and light beside the usual one."""
 MODELS = (PREDICTIONS[0], HOD, *PREDICTIONS[1:3], "#6633cc")
 """Of models of galaxies in halos: as many as one figure can hold. The last is none of Okabe & Ito's."""
 
@@ -50,6 +52,8 @@ _ON_DARK = {
     MUTED: "#a0a0a0",
     MATTER: "#8a8a8a",
     HOD: "#ff9a4d",
+    OCCUPATIONS[1]: "#c46a2e",
+    OCCUPATIONS[2]: "#ffd27f",
     MODELS[-1]: "#8866ff",
     **dict(zip(PREDICTIONS, ("#56b4e9", "#2fc79b", "#e3a0c8", "#f0e442"), strict=True)),
 }
@@ -96,10 +100,11 @@ class Palette:
             "matter": Look("matter", MATTER, "-", ""),
         }
         learned = zip(itertools.cycle(PREDICTIONS), itertools.cycle("s^Dv"), strict=False)
-        occupations = itertools.cycle("Xp")
+        occupations = zip(itertools.cycle(OCCUPATIONS), itertools.cycle("XpP"), strict=False)
         for step in predictions:
             if step in hods:
-                self._looks[step] = Look(step, HOD, "--", next(occupations))
+                color, marker = next(occupations)
+                self._looks[step] = Look(step, color, "--", marker)
             else:
                 color, marker = next(learned)
                 self._looks[step] = Look(step, color, "-", marker)
