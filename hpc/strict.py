@@ -8,7 +8,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -160,6 +160,11 @@ def nearest(word: str, words: Iterable[str]) -> str:
     if close:
         return f"; did you mean {lowered[close[0]]}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """Names that stand more than once among ``names``, sorted."""
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -36,6 +36,7 @@ from galdist.grids.store import SimulationAttrs, Split, StoreError, unknown_name
 from galdist.simulations.simulation import SimulationError
 from galdist.statistics.tracers import tracer
 from hpc import progress
+from hpc.strict import repeated
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def centrals(config: CentralsConfig, inputs: Mapping[str, list[Path]], out: Path
         store = open_catalog(step / "catalog.zarr")
         simulations += [read_catalog(store, name, config.halos) for name in store.names()]
     names = [rows.attrs.name for rows in simulations]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise SimulationError(f"{twice[0]}: two simulations have this name; give each table another one")
     whole: dict[str, Split] = {
         rows.attrs.name: "train" if isinstance(config.split, RowsSplit) else rows.attrs.split

@@ -21,6 +21,7 @@ from zarr.codecs import ZstdCodec
 
 from galdist.catalogs.centrals import Centrals
 from galdist.grids.store import SimulationAttrs, StoreError, consolidate, open_root, unknown_name, use_zarrs
+from hpc.strict import repeated
 
 FORMAT = "galdist-samples"
 VERSION = 1
@@ -265,7 +266,7 @@ def create_samples(
     for what, given in (("simulation", names), ("target", list(targets))):
         if not given:
             raise StoreError(f"{path}: a store needs at least one {what}")
-        if twice := sorted({name for name in given if given.count(name) > 1}):
+        if twice := repeated(given):
             raise StoreError(f"{path}: {what} {twice[0]!r} is given twice")
     for attrs, n in simulations:
         if n < 1:

@@ -27,7 +27,7 @@ from zarr.errors import GroupNotFoundError
 
 from galdist.config import StrictModel
 from hpc import durable
-from hpc.strict import did_you_mean
+from hpc.strict import did_you_mean, repeated
 
 if TYPE_CHECKING:
     from galdist.simulations.simulation import Simulation
@@ -374,7 +374,7 @@ def create_store(
     for what, given in (("simulation", [s.name for s in simulations]), ("field", [f.name for f in fields])):
         if not given:
             raise StoreError(f"{path}: a store needs at least one {what}")
-        if twice := sorted({name for name in given if given.count(name) > 1}):
+        if twice := repeated(given):
             raise StoreError(f"{path}: {what} {twice[0]!r} is given twice")
     use_zarrs()
     root = zarr.create_group(path, zarr_format=3, overwrite=True)

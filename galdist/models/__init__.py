@@ -142,6 +142,7 @@ class GridObjective(Objective):
         part.requires_grad_(False)
         self.parts = (part,)
         self.inputs = tuple(dict.fromkeys((*self.inputs, *part.inputs)))
+        self.fields = tuple(dict.fromkeys((*self.inputs, *self.fields)))
         # All find their own among these by name, those that the part itself holds too.
         self.simulation_parameters = tuple(
             dict.fromkeys((*self.simulation_parameters, *part.simulation_parameters))

@@ -13,10 +13,11 @@ from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from galdist.models import TrainingFields
+from hpc.strict import repeated
 
 
 def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise ValueError(f"parameter {twice[0]!r} is given twice")
     return names
 

@@ -29,6 +29,7 @@ from galdist.models.samplers import Crops, Denoiser, Drawing, joint
 from galdist.models.unet import Features, UNet
 from galdist.models.voxels import InputConfig, RegressorConfig, VoxelRegressor
 from hpc import ddp
+from hpc.strict import repeated
 
 TERMS = ("prior", "reconstruction", "diffusion")
 """Of the bound."""
@@ -219,7 +220,7 @@ class DiffusionConfig(ModelConfig):
     @model_validator(mode="after")
     def _fields_can_be_learned(self) -> "DiffusionConfig":
         names = self.reads
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(names):
             raise ValueError(f"field {twice[0]!r} is given twice; inputs and targets are different fields")
         least = self.schedule.gamma[0]
         for entry in self.targets:
@@ -285,7 +286,7 @@ class VariationalDiffusion(GridObjective):
     def __init__(self, config: DiffusionConfig, parts: Sequence[Objective] = ()) -> None:
         super().__init__()
         self.config = config
-        self.inputs = tuple(entry.field for entry in config.inputs)
+        self.inputs, self.fields = tuple(entry.field for entry in config.inputs), config.reads
         self.outputs = tuple(Field(name=entry.field, components=entry.components) for entry in config.targets)
         self.simulation_parameters = config.parameters
         self.of_inputs = nn.ModuleList(Normalization(entry.normalization) for entry in config.inputs)
@@ -307,7 +308,6 @@ class VariationalDiffusion(GridObjective):
             assert isinstance(parts[0], VoxelRegressor)
             self.counts, self.most = parts[0], config.counted[parts[0].target]
             self.build_on(self.counts)
-        self.fields = (*self.inputs, *(entry.field for entry in config.targets))
 
     def prepare(self, training: TrainingFields) -> None:
         for entry, normalization in _each(self.config.inputs, self.of_inputs):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from galdist.catalogs.neighbors import Neighborhood
 from galdist.models import Batch, ModelConfig, Objective, TrainingFields
+from hpc.strict import repeated
 
 Columns = Annotated[tuple[str, ...], Constraint(min_length=1)]
 Widths = Annotated[tuple[PositiveInt, ...], Constraint(min_length=1)]
@@ -42,7 +43,7 @@ class TableConfig(ModelConfig):
     @model_validator(mode="after")
     def _once(self) -> "TableConfig":
         names = (*self.inputs, *self.targets)
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(names):
             raise ValueError(
                 f"{', '.join(twice)}: given twice; a column is one of `inputs` or of `targets`, once"
             )

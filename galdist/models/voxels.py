@@ -385,7 +385,6 @@ class VoxelRegressor(VoxelObjective):
         assert isinstance(parts[0], VoxelClassifier)
         self.classifier = parts[0]
         self.build_on(self.classifier)
-        self.fields = (*self.inputs, self.target)
 
     def _start(self, fraction: float, mean: float) -> None:
         if self.likelihood is not None:

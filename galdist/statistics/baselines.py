@@ -21,6 +21,7 @@ from galdist.grids.store import unknown_name
 from galdist.models.tables import TableConfig
 from galdist.training.sample import Drawer, Level, SampleConfig, fill
 from hpc import ddp
+from hpc.strict import repeated
 
 Array = NDArray[np.float64]
 
@@ -106,7 +107,7 @@ class BaselineConfig(SampleConfig):
     @model_validator(mode="after")
     def _names(self) -> "BaselineConfig":
         names = [*self.inputs, *self.targets]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(names):
             raise ValueError(f"{twice[0]} is named twice among the inputs and targets")
         if isinstance(self.method, MatchingConfig):
             for target in self.targets:

@@ -31,6 +31,7 @@ from galdist.statistics.metrics import metric_row, over_domains, save_metrics
 from galdist.training.checkpoint import describe_model, load_model
 from galdist.training.train import learned
 from hpc import ddp, durable, progress
+from hpc.strict import repeated
 
 log = logging.getLogger(__name__)
 
@@ -373,8 +374,8 @@ def _boxes(steps: Sequence[Path], split: Split | Literal["all"]) -> list[Box]:
     where = ", ".join(str(step / "grids.zarr") for step in steps)
     if not boxes:
         raise ValueError(f"{where}: no simulation has the split {split!r}; choose another `split`")
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{where}: {min(twice)!r} is in two stores; predict them in two steps")
+    if twice := repeated(names):
+        raise ValueError(f"{where}: {twice[0]!r} is in two stores; predict them in two steps")
     return boxes
 
 
